@@ -1,0 +1,52 @@
+# make demo | test | check | bench | wheel | clean. Needs Python >= 3.11, make and a C++ compiler.
+PYTHON ?= python3
+VENV   ?= .venv
+
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.set-up
+PIP   := $(BIN)/python -m pip --disable-pip-version-check
+TYPES := build/types
+
+.PHONY: setup demo test check lint types bench wheel clean
+.DEFAULT_GOAL := setup
+
+setup: $(STAMP)
+
+# torch comes first: setup.py compiles against it.
+$(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pnlac-fast needs Python 3.11 or newer: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0 setuptools ninja
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	@cd / && '$(abspath $(BIN))/python' -c 'from pnlac_fast.ops import engines; cpp = engines()["cpp"]; cpp == "available" or print(f"WARNING: {cpp}: make -B setup")'
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/pnlac-fast demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: lint types test
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+# mypy knows no package-dir, so it gets the tree as it is installed: store/ inside pnlac_fast/.
+types: $(STAMP)
+	@rm -rf $(TYPES) && mkdir -p $(TYPES)
+	@cp -Rp pnlac_fast $(TYPES)/pnlac_fast && cp -Rp store $(TYPES)/pnlac_fast/store
+	cd $(TYPES) && '$(abspath $(BIN))/mypy' --config-file '$(CURDIR)/pyproject.toml' --cache-dir '$(CURDIR)/.mypy_cache' -p pnlac_fast
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks
+
+# The wheel is built from the source distribution, so that it holds nothing that the latter lacks.
+wheel: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info pnlac_fast/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

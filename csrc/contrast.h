@@ -1,0 +1,27 @@
+// Parameters of the contrast sums. No torch header here: kernels for any device include this file alone.
+#pragma once
+#include <cstdint>
+
+namespace pnlac {
+
+enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// Order of the five sums of a group.
+enum Sum : int32_t { kBase, kTuned, kBaseSquared, kTunedSquared, kDifferenceSquared, kSums };
+
+struct ContrastParams {
+  const void* base;          // [row, neuron], neurons contiguous
+  const void* tuned;         // [row, neuron], neurons contiguous
+  int64_t base_row_stride;   // in elements
+  int64_t tuned_row_stride;  // in elements
+  const int64_t* rows;       // [selected] row indices, ordered by group
+  const int64_t* offsets;    // [group + 1] where each group starts in `rows`
+  double* sums;              // [group, kSums, neuron], added to
+  int64_t groups;
+  int64_t neurons;
+};
+
+// Adds the neurons [first, last) of every group. The bits do not depend on how the neurons are divided among calls.
+void contrast_cpu(const ContrastParams& params, DType dtype, int64_t first, int64_t last);
+
+}  // namespace pnlac

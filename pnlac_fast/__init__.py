@@ -1,0 +1,44 @@
+"""Find, test and inhibit the neurons by which a fine-tune on one topic moves the others.
+
+The verbs of the command line are functions of the same name here: ``pnlac_fast.cache(...)`` is
+``pnlac-fast cache``. They are imported on first use, so that importing this package loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+try:
+    __version__ = version("pnlac-fast")
+except PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+uninstalled"
+
+_VERBS = {
+    "cache": "capture",
+    "locate": "localize",
+    "patch": "patching",
+    "finetune": "training",
+    "generate": "generation",
+    "score": "stance",
+    "report": "reporting",
+    "demo": "demonstration",
+    "env": "environment",
+    "load_model": "models",
+    "load_tuned": "models",
+    "load_questions": "datasets",
+    "NeuronSet": "localize",
+}
+
+__all__ = [*_VERBS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _VERBS:
+        raise AttributeError(f"module 'pnlac_fast' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"pnlac_fast.{_VERBS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
