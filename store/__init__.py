@@ -1,0 +1,31 @@
+"""Stores: statistics, raw activations, neuron sets and results in one Zarr directory that any Zarr reader opens.
+
+Needs numpy, zarr and xarray only, so that results open where torch is not installed. README.md here is the format.
+"""
+
+from __future__ import annotations
+
+from pnlac_fast.store.creation import create_results, open_writer
+from pnlac_fast.store.errors import StoreError
+from pnlac_fast.store.layout import Layout, Unit
+from pnlac_fast.store.reader import info, open_activations, open_contrast, open_examples
+from pnlac_fast.store.results import list_results, open_result, open_sets, write_result, write_sets
+from pnlac_fast.store.writer import Writer
+
+__all__ = [
+    "Layout",
+    "StoreError",
+    "Unit",
+    "Writer",
+    "create_results",
+    "info",
+    "list_results",
+    "open_activations",
+    "open_contrast",
+    "open_examples",
+    "open_result",
+    "open_sets",
+    "open_writer",
+    "write_result",
+    "write_sets",
+]

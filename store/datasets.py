@@ -1,0 +1,88 @@
+"""Small xarray Datasets as Zarr groups, kept exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from zarr.abc.store import Store
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import LocalStore
+
+from pnlac_fast.store.errors import StoreError
+from pnlac_fast.store.schema import ATTRIBUTE, FLAT_KEYS
+
+_PACKED = (ZstdCodec(level=3), Crc32cCodec())
+
+
+def write_dataset(store: Store, ds: xr.Dataset, attributes: dict[str, Any], group: str | None = None) -> None:
+    """Write a Dataset into an empty group, each array one compressed, checksummed chunk.
+
+    Parameters
+    ----------
+    store : zarr Store
+        Where to write.
+    ds : xarray.Dataset
+        Numbers, truth values and text; attributes are JSON values.
+    attributes : dict
+        Attributes of the group beside those of `ds`: what `schema.mark` returns.
+    group : str, optional
+        The group, the store's root by default.
+
+    Raises
+    ------
+    StoreError
+        If a variable has another dtype or mixes text with something else, or an attribute is not JSON.
+    """
+    variables = {name: _plain(str(name), variable) for name, variable in ds.variables.items()}
+    coords = {name: variables.pop(name) for name in list(ds.coords)}
+    plain = xr.Dataset(variables, coords=coords, attrs=_json_attributes(ds.attrs, "the dataset") | attributes)
+    encoding = {
+        str(name): {
+            "chunks": tuple(max(1, size) for size in variable.shape),
+            "compressors": _PACKED,
+            "chunk_key_encoding": FLAT_KEYS,
+        }
+        for name, variable in plain.variables.items()
+    }
+    plain.to_zarr(store, group=group, mode="w-", zarr_format=3, consolidated=False, encoding=encoding)
+
+
+def read_dataset(root: Path, group: str) -> xr.Dataset:
+    """Return a group of the store at `root`, lazily: text as Python strings, our own attribute left out."""
+    ds: xr.Dataset = xr.open_zarr(LocalStore(root, read_only=True), group=group, consolidated=False, chunks=None)
+    ds.attrs.pop(ATTRIBUTE, None)
+    texts = {name: variable for name, variable in ds.variables.items() if variable.dtype.kind == "T"}
+    ds = ds.assign({name: variable.astype(object) for name, variable in texts.items()})
+    return ds[sorted(ds.data_vars, key=str)]  # metadata is read concurrently, in no fixed order
+
+
+def _plain(name: str, variable: xr.Variable) -> xr.Variable:
+    values = variable.values
+    if values.dtype.kind in "OU":
+        if not all(isinstance(value, str) for value in values.flat):
+            raise StoreError(f"The variable {name} mixes text with other values; turn all of them into text.")
+        # Not object: an empty object array has no text to show that it is text, and would come back as numbers.
+        values = values.astype(np.dtypes.StringDType())
+    elif values.dtype.kind not in "biufT":
+        raise StoreError(f"The variable {name} has dtype {values.dtype}; use numbers, truth values or text.")
+    return xr.Variable(variable.dims, values, _json_attributes(variable.attrs, f"variable {name}"))
+
+
+def _json_attributes(attributes: Mapping[Any, Any], owner: str) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        if isinstance(value, (np.generic, np.ndarray)):
+            return value.tolist()
+        raise TypeError(f"{type(value).__name__} is not JSON")
+
+    if ATTRIBUTE in attributes:
+        raise StoreError(f"The attribute {ATTRIBUTE!r} of {owner} is the store's own; give it another name.")
+    try:
+        values: dict[str, Any] = json.loads(json.dumps(dict(attributes), default=plain, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"The attributes of {owner} are not plain JSON values ({error}); change them.") from error
+    return values

@@ -1,0 +1,7 @@
+"""The one error of the store that a user can put right."""
+
+from __future__ import annotations
+
+
+class StoreError(Exception):
+    """A store cannot be opened, read or written as asked; the message is one sentence that names the next action."""

@@ -1,0 +1,85 @@
+"""Run by test_kill.py in a process of its own: writes a store in forked children, and kills each with SIGKILL.
+
+Each line of stdin is a number of events and a delay in seconds: a fresh child is killed so long after so many events,
+the first being that the store is open and the others commits. The answer is a JSON line: the units that the child said
+were committed, and whether it came to the end. zarr starts its threads in the children only, so that
+forking is safe here, which it would not be in pytest's process.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pnlac_fast.store import Layout, Unit, open_writer
+
+UNITS = 16
+OPENED = 255
+LAYOUT = Layout(
+    topics=("a", "b"),
+    models=("m",),
+    sites=("s",),
+    tokens=("last",),
+    layers=2,
+    widths={"s": 300},
+    units=tuple(Unit("ab"[index % 2], index, 1, 3) for index in range(UNITS)),
+    raw="last",
+    settings={},
+)
+EXAMPLES = {"topic": ["a", "b"], "instruction": ["?", "!"], "key": ["0", "1"]}
+
+
+def unit_of(unit):
+    """Return the arguments of `commit` for a unit; they follow from its index."""
+    rng = np.random.default_rng(unit)
+    rows = {name: np.full(3, unit % 2, np.int32) for name in ("example", "position", "token_id")}
+    raw = {(model, "s"): rng.normal(size=(2, 3, 300)).astype(np.float32) for model in ("base", "m")}
+    return np.array([3]), {"s": rng.random((1, 2, 2, 300))}, {"s": rng.random((1, 1, 3, 2, 300))}, rows, raw
+
+
+def write(path, acknowledge):
+    """Go on with the store at `path` to its end; tell when it is open, and of each commit."""
+    with open_writer(path, LAYOUT, provenance={}, examples=EXAMPLES) as writer:
+        acknowledge(OPENED)
+        for unit in writer.pending:
+            writer.commit(unit, *unit_of(unit))
+            acknowledge(unit)
+        writer.finish()
+
+
+def one_life(path, events, delay):
+    """Let a child write, kill it `delay` seconds after so many events, and return what it said."""
+    read, said = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.close(read)
+            write(path, lambda event: os.write(said, bytes([event])))
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(said)
+    with os.fdopen(read, "rb", buffering=0) as pipe:
+        heard = b""
+        while len(heard) < events and (event := pipe.read(1)):
+            heard += event
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        heard += pipe.read()
+    return {
+        "acknowledged": [event for event in heard if event != OPENED],
+        "finished": status == 0,
+        "failed": os.WIFEXITED(status) and status != 0,
+    }
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        events, delay = line.split()
+        print(json.dumps(one_life(Path(sys.argv[1]), int(events), float(delay))), flush=True)
