@@ -16,7 +16,7 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+uninstalled"
 
 _VERBS = {
-    "cache": "capture",
+    "cache": "caching",
     "locate": "localize",
     "patch": "patching",
     "finetune": "training",
@@ -28,7 +28,7 @@ _VERBS = {
     "load_model": "models",
     "load_tuned": "models",
     "load_questions": "datasets",
-    "NeuronSet": "localize",
+    "NeuronSet": "neurons",
 }
 
 __all__ = [*_VERBS, "__version__"]

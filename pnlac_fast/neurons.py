@@ -1,0 +1,223 @@
+"""Sets of neurons: values that know where they belong, their files, and random ones to compare with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from pnlac_fast.errors import UserError, unknown
+
+FORMAT = {"format": "pnlac-neurons", "version": 1}
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronSet:
+    """Neurons of one site, and how they were found.
+
+    Attributes
+    ----------
+    name
+        Such as "immigration/general" or "immigration/specific/race".
+    kind
+        "general", "specific", "top" or "random".
+    member
+        bool [layer, neuron].
+    site
+        Where these neurons are read.
+    model
+        Name of the tuned model that they were located with.
+    topic
+        Probe topic of a specific or top set, else "".
+    base
+        Origin of the base model (see :class:`pnlac_fast.models.Model`).
+    found
+        How: score, top fraction, tokens, kind of specificity, store.
+    """
+
+    name: str
+    kind: str
+    member: np.ndarray
+    site: str = "mlp_mid"
+    model: str = ""
+    topic: str = ""
+    base: Mapping[str, Any] = field(default_factory=dict)
+    found: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return int(self.member.sum())
+
+    @property
+    def share(self) -> float:
+        """Number of neurons over all neurons of the site."""
+        return len(self) / self.member.size
+
+    @property
+    def per_layer(self) -> list[int]:
+        """Number of neurons in each layer."""
+        return [int(n) for n in self.member.sum(1)]
+
+    def layer(self, index: int) -> list[int]:
+        """The neurons of one layer, ascending."""
+        return [int(n) for n in self.member[index].nonzero()[0]]
+
+    def fits(self, model: Any) -> None:
+        """Refuse a model with other layers or another width, and an empty set.
+
+        Raises
+        ------
+        UserError
+            It says which of these, and what to do.
+        """
+        if not len(self):
+            raise UserError(f"The neuron set '{self.name}' is empty: raise --top in pnlac-fast locate.")
+        shape = (len(model.blocks), model.width(self.site))
+        if self.member.shape != shape:
+            raise UserError(
+                f"The neuron set '{self.name}' is for {self.member.shape[0]} layers of {self.member.shape[1]} neurons, "
+                f"the model '{model.name}' has {shape[0]} of {shape[1]}: locate them again on this model."
+            )
+
+    def check(self, base: Any) -> None:
+        """Refuse another base model than the one that these neurons were found in, by shape and by its weights."""
+        self.fits(base)
+        for what in ("sha256", "revision"):
+            mine, theirs = self.base.get(what), base.origin.get(what)
+            if mine and theirs and mine != theirs:
+                raise UserError(
+                    f"The neuron set '{self.name}' was found in a base model with {what} {mine[:12]}, "
+                    f"'{base.name}' has {theirs[:12]}: locate the neurons on this model."
+                )
+
+
+def random_like(neurons: NeuronSet, seed: int, *, exclude: np.ndarray | None = None) -> NeuronSet:
+    """Random neurons with the same count in every layer, none of them in ``exclude`` [layer, neuron].
+
+    Where a layer has too few neurons outside ``exclude``, the rest of its count comes from inside, so that counts
+    always match.
+    """
+    generator = np.random.default_rng(seed)
+    member = np.zeros_like(neurons.member)
+    barred = np.zeros_like(member) if exclude is None else exclude
+    for layer, count in enumerate(neurons.per_layer):
+        order = generator.permutation(member.shape[1])
+        member[layer, sorted(order, key=lambda n: bool(barred[layer, n]))[:count]] = True
+    found = {**neurons.found, "random_like": neurons.name, "seed": seed}
+    return replace(neurons, name=f"{neurons.name}/random{seed}", kind="random", member=member, found=found)
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """Size of the intersection over size of the union; 1 for two empty sets."""
+    union = (a | b).sum()
+    return float((a & b).sum() / union) if union else 1.0
+
+
+def to_dataset(sets: Sequence[NeuronSet]) -> xr.Dataset:
+    """Sets as the store keeps them: ``member`` bool (neuron_set, layer, neuron)."""
+
+    def text(values: list[str]) -> tuple[str, np.ndarray]:
+        return "neuron_set", np.array(values, dtype=object)
+
+    return xr.Dataset(
+        {"member": (("neuron_set", "layer", "neuron"), np.stack([s.member for s in sets]))},
+        coords={
+            "neuron_set": text([s.name for s in sets]),
+            **{name: text([getattr(s, name) for s in sets]) for name in ("model", "kind", "topic", "site")},
+        },
+        attrs={"found": json.dumps(dict(sets[0].found))},
+    )
+
+
+def save_sets(sets: Sequence[NeuronSet], path: str | Path) -> None:
+    """Write neuron sets to a JSON file: neurons by layer, and where they come from."""
+    record = {
+        **FORMAT,
+        "sets": [
+            {
+                "name": s.name,
+                "kind": s.kind,
+                "site": s.site,
+                "model": s.model,
+                "topic": s.topic,
+                "layers": s.member.shape[0],
+                "width": s.member.shape[1],
+                "base": dict(s.base),
+                "found": dict(s.found),
+                "neurons": {str(i): s.layer(i) for i in range(s.member.shape[0]) if s.per_layer[i]},
+            }
+            for s in sets
+        ],
+    }
+    Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def load_sets(path: str | Path) -> dict[str, NeuronSet]:
+    """Read the neuron sets of a JSON file, by name.
+
+    Raises
+    ------
+    UserError
+        The file does not exist, is not of this format, or names neurons that cannot exist.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"There is no neuron file '{path}': make one with pnlac-fast locate STORE -o {path}.")
+    try:
+        record = json.loads(Path(path).read_text())
+        if record.get("format") != FORMAT["format"] or record["version"] > FORMAT["version"]:
+            raise UserError(f"'{path}' is not a pnlac-neurons file of version {FORMAT['version']}: locate them again.")
+        sets = {}
+        for entry in record["sets"]:
+            member = np.zeros((entry["layers"], entry["width"]), bool)
+            for layer, neurons in entry["neurons"].items():
+                if neurons and (min(neurons) < 0 or int(layer) < 0):
+                    raise IndexError("negative index")
+                member[int(layer), neurons] = True
+            names = ("name", "kind", "site", "model", "topic", "base", "found")
+            sets[entry["name"]] = NeuronSet(member=member, **{name: entry[name] for name in names})
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(f"The neuron file '{path}' is damaged ({error}): locate the neurons again.") from error
+    return sets
+
+
+def choose(sets: Mapping[str, NeuronSet], kind: str, *, model: str = "", topic: str = "") -> NeuronSet:
+    """The one set of a kind, told apart by tuned model and probe topic where there are several.
+
+    Raises
+    ------
+    UserError
+        None or several fit; it lists the names to choose from.
+    """
+    fitting = [
+        s
+        for s in sets.values()
+        if s.kind == kind and (not model or s.model == model) and (not topic or s.topic == topic)
+    ]
+    if len(fitting) != 1:
+        raise UserError(
+            f"{len(fitting)} neuron sets are {kind}{f' for {topic}' if topic else ''}: name one of "
+            f"{', '.join(s.name for s in (fitting or sets.values()))} with --set."
+        )
+    return fitting[0]
+
+
+def for_training(path: str | Path, mode: str, topic: str, *, name: str | None = None) -> NeuronSet:
+    """The set of a neuron file that a fine-tune on ``topic`` inhibits.
+
+    ``name`` where it is given; else the general set for ``mode`` "freeze" and the topic's specific set for "specific",
+    of the model tuned on that topic where the file has several models.
+    """
+    sets = load_sets(path)
+    if name is not None:
+        if name not in sets:
+            raise unknown("neuron set", name, sets)
+        return sets[name]
+    models = {s.model for s in sets.values()}
+    model = topic if len(models) > 1 and topic in models else ""
+    return (
+        choose(sets, "general", model=model) if mode == "freeze" else choose(sets, "specific", model=model, topic=topic)
+    )

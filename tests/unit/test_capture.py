@@ -1,0 +1,279 @@
+"""Statistics equal an independent float64 computation, whatever the batches, the padding and the interruptions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from pnlac_fast import store as stores
+from pnlac_fast.caching import cache, plan
+from pnlac_fast.capture import accumulate
+from pnlac_fast.datasets import Question
+from pnlac_fast.errors import Interrupted, UserError
+from pnlac_fast.models import SITES, Model, load_model, load_tuned
+from pnlac_fast.prompts import TOKENS, encode
+
+TEMPLATE = "Q : {instruction} A :"
+
+
+def activations(model: Model, ids: list[int]) -> dict[str, np.ndarray]:
+    """Per site [layer, position, neuron] of one text, read with plain hooks and no padding."""
+    seen: dict[str, list[np.ndarray]] = {site: [] for site in SITES}
+    hooks = []
+
+    def keep_mlp(_: object, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen["mlp_mid"].append(inputs[0][0].numpy())
+        seen["mlp_out"].append(output[0].numpy())
+
+    for block in model.blocks:
+        hooks.append(block.mlp.down_proj.register_forward_hook(keep_mlp))
+        hooks.append(block.register_forward_hook(lambda _, i, o: seen["resid"].append(o[0].numpy())))
+    with torch.no_grad(), model.active() as hf:
+        hf(input_ids=torch.tensor([ids]))
+    for hook in hooks:
+        hook.remove()
+    return {site: np.stack(values).astype(np.float64) for site, values in seen.items()}
+
+
+def texts_of(model: Model, question: Question) -> list[tuple[list[int], dict[str, list[int]]]]:
+    """(ids, counted positions by selector) of the texts of one question, from first principles."""
+
+    def ids(text: str) -> list[int]:
+        return list(model.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    front = [*([1] if model.tokenizer.bos_token else []), *ids("Q :")]
+    instruction, tail = ids(f" {question.instruction}"), ids(" A :")
+    prompt = [*front, *instruction, *tail]
+    # a piece that is only the space in front of the instruction belongs to the template
+    start = len(front) + (not model.tokenizer.decode(instruction[0]).strip())
+    own = list(range(start, len(front) + len(instruction)))
+    found = []
+    for first, text in enumerate([*question.right, *question.left]):
+        answer = ids(f" {text}")
+        behind = list(range(len(prompt), len(prompt) + len(answer)))
+        once, last = (own, [len(prompt) - 1]) if first == 0 else ([], [])
+        counted = {"last": last, "prompt": once, "completion": behind, "all": once + behind}
+        found.append(([*prompt, *answer], counted))
+    return found
+
+
+def statistics(pairs: list[tuple[np.ndarray, np.ndarray, list[int]]]) -> dict[str, np.ndarray]:
+    """Two-pass statistics of (base, tuned, counted positions), each activation [layer, position, neuron]."""
+    first, second = (np.concatenate([pair[i][:, pair[2]] for pair in pairs], 1) for i in (0, 1))
+    d = second - first
+    return {
+        "n": np.array(first.shape[1]),
+        "mean_base": first.mean(1),
+        "std_base": first.std(1),
+        "mean_tuned": second.mean(1),
+        "std_tuned": second.std(1),
+        "mean_diff": d.mean(1),
+        "std_diff": d.std(1),
+        "rms": np.sqrt((d**2).mean(1)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_statistics_equal_an_independent_computation(model_paths, questions, tmp_path: Path, kind: str) -> None:
+    base = load_model(model_paths[kind], dtype="float64", device="cpu")
+    tuned = load_tuned(base, model_paths[f"{kind}_tuned"])
+    out = tmp_path / "s.zarr"
+    cache(
+        base,
+        {"t": tuned},
+        questions,
+        out,
+        sites=SITES,
+        tokens=TOKENS,
+        template=TEMPLATE,
+        batch_tokens=90,
+        unit_tokens=150,
+    )
+    with xr.open_zarr(out, group="contrast") as stored:
+        assert stored["rms"].dims == ("model", "topic", "site", "tokens", "layer", "neuron")
+        for topic in ("race", "economy"):
+            texts = [text for q in questions if q.topic == topic for text in texts_of(base, q)]
+            seen = [(activations(base, ids), activations(tuned, ids), counted) for ids, counted in texts]
+            for tokens in TOKENS:
+                for site in SITES:
+                    truth = statistics([(a[site], b[site], counted[tokens]) for a, b, counted in seen])
+                    there = stored.sel(topic=topic, site=site, tokens=tokens, model="t")
+                    assert int(there["n"]) == truth["n"]
+                    for name in list(truth)[1:]:
+                        value = there[name].values[:, : base.width(site)]
+                        scale = np.abs(truth[name]).max()
+                        assert np.allclose(value, truth[name], rtol=1e-5, atol=1e-6 * scale), (
+                            topic,
+                            tokens,
+                            site,
+                            name,
+                        )
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batch_tokens", [1, 64, 100_000])
+def test_batches_and_padding_do_not_matter(model_paths, questions, side: str, batch_tokens: int) -> None:
+    base = load_model(model_paths["llama"], dtype="float32", device="cpu")
+    tuned = load_tuned(base, model_paths["llama_tuned"])
+    texts = encode(base.tokenizer, questions[:7], TEMPLATE, side="both")
+    reference = accumulate(base, {"t": tuned}, texts, tokens=TOKENS, batch_tokens=1)
+    base.tokenizer.padding_side = side
+    sums = accumulate(base, {"t": tuned}, texts, tokens=TOKENS, batch_tokens=batch_tokens)
+    assert sums.counts.tolist() == reference.counts.tolist()
+    for mine, theirs in ((sums.base, reference.base), (sums.tuned, reference.tuned)):
+        scale = np.abs(theirs["mlp_mid"]).max(-1, keepdims=True)
+        assert (np.abs(mine["mlp_mid"] - theirs["mlp_mid"]) <= 1e-5 * scale).all()
+
+
+def test_adapters_are_contrasted_on_shared_weights(model_paths, adapter_paths, questions, tmp_path: Path) -> None:
+    out = tmp_path / "s.zarr"
+    cache(model_paths["llama"], adapter_paths, questions, out, tokens=("prompt",))
+    stored = stores.open_contrast(out)
+    assert list(stored["model"].values) == ["race", "science"]
+    base = load_model(model_paths["llama"])
+    for name in adapter_paths:
+        tuned = load_tuned(base, adapter_paths[name])
+        group = [q for q in questions if q.topic == "science"]
+        texts = [base.tokenizer(q.instruction)["input_ids"] for q in group]
+        d = [activations(tuned, t)["mlp_mid"][:, 1:] - activations(base, t)["mlp_mid"][:, 1:] for t in texts]
+        rms = np.sqrt((np.concatenate(d, 1) ** 2).mean(1))
+        assert np.allclose(stored["rms"].sel(model=name, topic="science").values[0, 0], rms, rtol=1e-4, atol=1e-7)
+
+
+def test_base_against_itself_is_exactly_zero(model_paths, questions, tmp_path: Path) -> None:
+    cache(model_paths["llama"], {"again": model_paths["llama"]}, questions, tmp_path / "s.zarr")
+    stored = stores.open_contrast(tmp_path / "s.zarr")
+    assert float(abs(stored["rms"]).max()) == 0.0
+    assert float(stored["std_base"].min()) > 0.0
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(model_paths, questions, tmp_path: Path, monkeypatch) -> None:
+    whole, broken = tmp_path / "whole.zarr", tmp_path / "broken.zarr"
+    options = {"tokens": ("last", "prompt"), "unit_tokens": 30}
+    result = cache(model_paths["llama"], {"t": model_paths["llama_tuned"]}, questions, whole, **options)
+    assert result["units"] > 4
+    real, calls = stores.Writer.commit, []
+
+    def interrupted(self, unit, *args, **kwargs):  # type: ignore[no-untyped-def]
+        calls.append(unit)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, unit, *args, **kwargs)
+
+    monkeypatch.setattr(stores.Writer, "commit", interrupted)
+    with pytest.raises(Interrupted, match="same command again"):
+        cache(model_paths["llama"], {"t": model_paths["llama_tuned"]}, questions, broken, **options)
+    assert stores.info(broken)["complete"] is False
+    cache(model_paths["llama"], {"t": model_paths["llama_tuned"]}, questions, broken, **options)
+    assert len(calls) == result["units"] + 1  # the two units that were done are not done again
+    a, b = stores.open_contrast(whole), stores.open_contrast(broken)
+    for name in a.data_vars:
+        assert np.array_equal(a[name].values, b[name].values, equal_nan=a[name].dtype.kind == "f")
+
+
+@pytest.mark.parametrize("raw", ["last", "full"])
+def test_raw_activations_are_the_models_own(model_paths, questions, tmp_path: Path, raw: str) -> None:
+    base = load_model(model_paths["llama"])
+    out = tmp_path / "s.zarr"
+    tokens = ("all",) if raw == "full" else ("last",)
+    cache(
+        base, {"t": model_paths["llama_tuned"]}, questions, out, raw=raw, tokens=tokens, batch_tokens=40, unit_tokens=60
+    )
+    tuned = load_tuned(base, model_paths["llama_tuned"])
+    for name, model in (("base", base), ("t", tuned)):
+        stored = stores.open_activations(out, name, "mlp_mid").load()
+        for index in (0, 9, 20):
+            question = questions[index]
+            row = stored.isel(token=(stored["example"].values == index).nonzero()[0])
+            prompt = base.tokenizer(question.instruction)["input_ids"]
+            assert set(row["topic"].values) == {question.topic}
+            if raw == "last":
+                assert row["position"].values.tolist() == [len(prompt) - 1]
+            at = row["position"].values < len(prompt)
+            truth = activations(model, prompt)["mlp_mid"][:, row["position"].values[at]]
+            assert np.allclose(row["activation"].values[:, at], truth, rtol=1e-4, atol=1e-6)
+            assert row["token_id"].values[at].tolist() == [prompt[p] for p in row["position"].values[at]]
+            if raw == "full":
+                answers = sum(
+                    len(base.tokenizer(t, add_special_tokens=False)["input_ids"])
+                    for t in question.right + question.left
+                )
+                assert row.sizes["token"] == len(prompt) + answers
+
+
+def test_units_cover_every_question_once(llama: Model, questions) -> None:
+    texts = encode(llama.tokenizer, questions[:7], side="both")
+    units = list(plan("race", texts, 40, "full"))
+    assert [u.first for u in units] == list(np.cumsum([0, *(u.count for u in units)])[:-1])
+    assert sum(u.count for u in units) == 7
+    assert all(u.count >= 1 for u in units)
+    assert sum(u.rows for u in units) == sum(len(t.ids) - t.repeated for t in texts)
+
+
+def test_other_settings_are_refused_and_nothing_is_lost(model_paths, questions, tmp_path: Path) -> None:
+    out = tmp_path / "s.zarr"
+    cache(model_paths["llama"], {"t": model_paths["llama_tuned"]}, questions, out)
+    before = stores.open_contrast(out).load()
+    with pytest.raises(stores.StoreError, match="template"):
+        cache(model_paths["llama"], {"t": model_paths["llama_tuned"]}, questions, out, template=TEMPLATE)
+    assert stores.open_contrast(out).load().identical(before)
+    cache(model_paths["llama"], {"t": model_paths["llama_tuned"]}, questions, out, template=TEMPLATE, overwrite=True)
+    assert not stores.open_contrast(out).load().equals(before)
+
+
+def test_dry_run_writes_nothing(model_paths, questions, tmp_path: Path) -> None:
+    out = tmp_path / "s.zarr"
+    result = cache(model_paths["llama"], {"t": model_paths["llama_tuned"]}, questions, out, dry_run=True)
+    assert not out.exists()
+    assert result["questions"] == len(questions)
+    assert result["tokens"] == sum(len(q.instruction.split()) + 1 for q in questions)
+
+
+def test_not_finite_activations_name_model_site_and_layer(model_paths, questions, tmp_path: Path) -> None:
+    base = load_model(model_paths["llama"])
+    tuned = load_tuned(base, model_paths["llama_tuned"], name="broken")
+    with torch.no_grad():
+        tuned.blocks[1].mlp.up_proj.weight[3, 2] = float("nan")
+    with pytest.raises(UserError, match="'broken' at mlp_mid, layer 1,"):
+        cache(base, {"broken": tuned}, questions, tmp_path / "s.zarr")
+    with pytest.raises(UserError, match="the base model at mlp_mid, layer 1,"):
+        cache(tuned, {"fine": base}, questions, tmp_path / "t.zarr")
+
+
+def test_a_layer_that_does_not_run_is_an_error(model_paths, questions, tmp_path: Path) -> None:
+    base = load_model(model_paths["llama"])
+    tuned = load_tuned(base, model_paths["llama_tuned"])
+    tuned.blocks[2].forward = lambda hidden_states, *args, **kwargs: hidden_states
+    with pytest.raises(RuntimeError, match="skipped or run twice"):
+        cache(base, {"t": tuned}, questions, tmp_path / "s.zarr")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sites": ("mlp_mit",)}, "Did you mean 'mlp_mid'"),
+        ({"tokens": ("first",)}, "no token selector 'first'"),
+        ({"tokens": ()}, "at least one"),
+        ({"tokens": ("last", "last")}, "once"),
+        ({"raw": "some"}, "no raw mode"),
+        ({"engine": "cuda9"}, "no engine"),
+    ],
+)
+def test_bad_options_are_refused(model_paths, questions, tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cache(model_paths["llama"], {"t": model_paths["llama_tuned"]}, questions, tmp_path / "s.zarr", **options)
+
+
+def test_completions_are_needed_where_they_count(model_paths, questions, tmp_path: Path) -> None:
+    bare = [Question(q.topic, q.instruction) for q in questions]
+    with pytest.raises(UserError, match="--tokens last or prompt"):
+        cache(
+            model_paths["llama"], {"t": model_paths["llama_tuned"]}, bare, tmp_path / "s.zarr", tokens=("completion",)
+        )
+    cache(model_paths["llama"], {"t": model_paths["llama_tuned"]}, bare, tmp_path / "s.zarr")
+    with pytest.raises(UserError, match="at least one --tuned"):
+        cache(model_paths["llama"], {}, bare, tmp_path / "t.zarr")

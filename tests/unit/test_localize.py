@@ -1,0 +1,221 @@
+"""Scores, sets and their files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pnlac_fast import localize
+from pnlac_fast import store as stores
+from pnlac_fast.errors import UserError
+from pnlac_fast.localize import find, grow, locate, ranks, top_set
+from pnlac_fast.models import Model, load_model
+from pnlac_fast.neurons import NeuronSet, for_training, load_sets, random_like, save_sets
+
+TOPICS = ["race", "science", "economy"]
+
+
+def contrast(rms: np.ndarray, **others: np.ndarray) -> xr.Dataset:
+    """A contrast of one model, site and selector from arrays [topic, layer, neuron]."""
+    dims = ("model", "topic", "site", "tokens", "layer", "neuron")
+    names = ("std_tuned", "mean_diff", "std_base")
+    arrays = {"rms": rms, **{name: others.get(name, np.ones_like(rms)) for name in names}}
+    data = {name: (dims, value[None, :, None, None].astype("f4")) for name, value in arrays.items()}
+    data["std_base"] = (dims[1:], arrays["std_base"][:, None, None].astype("f4"))
+    coords = {
+        "model": ["m"],
+        "topic": TOPICS,
+        "site": ["mlp_mid"],
+        "tokens": ["last"],
+        "width": ("site", [rms.shape[-1]]),
+    }
+    return xr.Dataset(data, coords=coords)
+
+
+def test_general_specific_and_top_follow_their_definitions() -> None:
+    rms = np.random.default_rng(0).random((3, 4, 25))
+    found = find(contrast(rms), "m", top=0.3)
+    tops = {}
+    for t, topic in enumerate(TOPICS):
+        order = sorted((-np.float32(rms[t, i, j]), i, j) for i in range(4) for j in range(25))[:30]
+        tops[topic] = {(i, j) for _, i, j in order}
+        assert {tuple(x) for x in np.argwhere(found.top[topic].member)} == tops[topic]
+    general = tops["race"] & tops["science"] & tops["economy"]
+    assert {tuple(x) for x in np.argwhere(found.general.member)} == general
+    for topic in TOPICS:
+        others = set().union(*(tops[t] for t in TOPICS if t != topic))
+        assert {tuple(x) for x in np.argwhere(found.specific[topic].member)} == tops[topic] - others
+    paper = find(contrast(rms), "m", top=0.3, specific="paper")
+    assert {tuple(x) for x in np.argwhere(paper.specific["race"].member)} == tops["race"] - general
+    assert found.overlap[0, 1] == pytest.approx(
+        len(tops["race"] & tops["science"]) / len(tops["race"] | tops["science"])
+    )
+    assert found.chance["general"] == pytest.approx(0.027)
+    assert found.chance["jaccard"] == pytest.approx(0.3 / 1.7)
+
+
+def test_chance_is_what_independent_scores_give() -> None:
+    generator = np.random.default_rng(1)
+    shares: dict[str, list[float]] = {"general": [], "specific": []}
+    for specific in ("strict", "paper"):
+        shares["specific"] = []
+        for _ in range(30):
+            found = find(contrast(generator.random((3, 10, 200))), "m", top=0.3, specific=specific)
+            shares["general"].append(found.general.share)
+            shares["specific"].append(found.specific["race"].share)
+        assert np.mean(shares["specific"]) == pytest.approx(found.chance["specific"], rel=0.05)
+    assert np.mean(shares["general"]) == pytest.approx(0.027, rel=0.1)
+
+
+def test_scores_follow_their_definitions() -> None:
+    generator = np.random.default_rng(0)
+    parts = {name: generator.random((3, 2, 5)) + 0.1 for name in ("rms", "std_base", "std_tuned")}
+    parts["mean_diff"] = generator.standard_normal((3, 2, 5))
+    data = contrast(parts["rms"], **{k: v for k, v in parts.items() if k != "rms"})
+    expected = {
+        "rms": parts["rms"],
+        "std_rms": parts["rms"] / parts["std_base"],
+        "mean_diff": abs(parts["mean_diff"]),
+        "cohens_d": abs(parts["mean_diff"]) / np.sqrt((parts["std_base"] ** 2 + parts["std_tuned"] ** 2) / 2),
+    }
+    for name, value in expected.items():
+        assert np.allclose(localize.scores(data, name).values[0, :, 0, 0], value, rtol=1e-5)
+
+
+def test_neurons_that_never_vary_score_zero_or_infinity() -> None:
+    rms = np.array([[[0.0, 1.0]]] * 3)
+    score = localize.scores(contrast(rms, std_base=np.zeros((3, 1, 2))), "std_rms").values[0, 0, 0, 0, 0]
+    assert score.tolist() == [0.0, np.inf]
+
+
+def test_ties_go_to_the_lower_layer_and_neuron() -> None:
+    assert np.argwhere(top_set(np.ones((2, 4)), 0.5)).tolist() == [[0, 0], [0, 1], [0, 2], [0, 3]]
+    assert ranks(np.array([[1.0, 3.0], [3.0, 2.0]])).tolist() == [[3, 0], [1, 2]]
+
+
+def test_top_per_layer_takes_the_same_share_of_each() -> None:
+    score = np.arange(40.0).reshape(4, 10)
+    assert top_set(score, 0.2).sum(1).tolist() == [0, 0, 0, 8]
+    assert top_set(score, 0.2, per_layer=True).sum(1).tolist() == [2, 2, 2, 2]
+
+
+@given(st.integers(0, 1000), st.floats(0.01, 1.0))
+def test_grow_gives_exactly_the_share_and_agrees_with_the_intersection(seed: int, share: float) -> None:
+    score = np.random.default_rng(seed).random((3, 4, 25))
+    grown = grow(score, share)
+    assert grown.sum() == max(1, round(100 * share))
+    for fraction in (0.2, 0.4, 0.6):
+        shared = np.stack([top_set(s, fraction) for s in score]).all(0)
+        smaller, larger = (shared, grown) if shared.sum() <= grown.sum() else (grown, shared)
+        worst = np.stack([ranks(s) for s in score]).max(0)
+        assert worst[smaller].max(initial=-1) <= worst[larger].max(initial=-1)
+
+
+@given(st.integers(0, 50))
+def test_random_sets_match_counts_and_avoid_the_excluded(seed: int) -> None:
+    member = np.zeros((3, 20), bool)
+    member[0, :5] = member[2, 3:15] = True
+    neurons = NeuronSet("g", "general", member)
+    drawn = random_like(neurons, seed, exclude=member)
+    assert drawn.per_layer == neurons.per_layer == [5, 0, 12]
+    assert not (drawn.member & member)[0].any()
+    assert (drawn.member & member)[2].sum() == 4  # only 8 of 20 are outside the set
+    assert np.array_equal(drawn.member, random_like(neurons, seed, exclude=member).member)
+
+
+def test_random_sets_differ_and_are_uniform() -> None:
+    neurons = NeuronSet("g", "general", np.eye(1, 10, dtype=bool))
+    hits = sum(random_like(neurons, seed).member[0] for seed in range(2000))
+    assert (abs(hits - 200) < 60).all()
+
+
+def test_file_round_trip(tmp_path: Path) -> None:
+    found = find(contrast(np.random.default_rng(0).random((3, 4, 25))), "m", base={"sha256": "abc"})
+    save_sets(found.sets, tmp_path / "n.json")
+    read = load_sets(tmp_path / "n.json")
+    assert list(read) == [s.name for s in found.sets]
+    for s in found.sets:
+        again = read[s.name]
+        assert np.array_equal(s.member, again.member)
+        assert (s.kind, s.topic, s.model, s.site, s.found, s.base) == (
+            again.kind, again.topic, again.model, again.site, again.found, again.base,
+        )  # fmt: skip
+    assert for_training(tmp_path / "n.json", "freeze", "race").kind == "general"
+    assert for_training(tmp_path / "n.json", "specific", "science").topic == "science"
+    assert for_training(tmp_path / "n.json", "freeze", "race", name="m/top/race").kind == "top"
+    with pytest.raises(UserError, match="Did you mean 'm/general'"):
+        for_training(tmp_path / "n.json", "freeze", "race", name="m/generale")
+    with pytest.raises(UserError, match="0 neuron sets are specific for law"):
+        for_training(tmp_path / "n.json", "specific", "law")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{}", "[]", '{"format": "pnlac-neurons", "version": 9, "sets": []}', "x" * 10]
+    + [
+        json.dumps({"format": "pnlac-neurons", "version": 1, "sets": [entry]})
+        for entry in (
+            {},
+            {"layers": 1, "width": 2, "neurons": {"0": [5]}},
+            {"layers": 1, "width": 2, "neurons": {"0": [-1]}},
+        )
+    ],
+)
+def test_damaged_files_are_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "n.json").write_text(content)
+    with pytest.raises(UserError, match="locate"):
+        load_sets(tmp_path / "n.json")
+
+
+def test_sets_refuse_other_models(llama: Model, model_paths) -> None:
+    inside = NeuronSet("g", "general", np.ones((3, 48), bool), base=llama.origin)
+    inside.check(llama)
+    with pytest.raises(UserError, match="sha256"):
+        inside.check(load_model(model_paths["llama_tuned"]))
+    with pytest.raises(UserError, match="3 layers of 40 neurons"):
+        NeuronSet("g", "general", np.ones((3, 40), bool)).check(llama)
+    with pytest.raises(UserError, match="is empty"):
+        NeuronSet("g", "general", np.zeros((3, 48), bool)).check(llama)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score": "rmse"}, "Did you mean 'rms'"),
+        ({"specific": "stric"}, "Did you mean 'strict'"),
+        ({"site": "resid"}, "no site 'resid'"),
+        ({"tokens": "prompt"}, "no tokens 'prompt'"),
+        ({"top": 0.0}, "between 0 and 100 %"),
+        ({"top": 5.0}, "between 0 and 100 %"),
+    ],
+)
+def test_bad_options_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find(contrast(np.random.default_rng(0).random((3, 2, 5))), "m", **options)
+    with pytest.raises(UserError, match="no model 'n'"):
+        find(contrast(np.random.default_rng(0).random((3, 2, 5))), "n")
+
+
+def test_locate_writes_the_sets_into_the_store_and_a_file(
+    model_paths, adapter_paths, questions, tmp_path: Path
+) -> None:
+    from pnlac_fast.caching import cache
+
+    store = tmp_path / "s.zarr"
+    cache(model_paths["llama"], adapter_paths, questions, store, sites=("mlp_mid", "resid"), tokens=("last", "prompt"))
+    found = locate(store, top=0.2, out=tmp_path / "n.json")
+    kept = stores.open_sets(store)
+    for name in ("race", "science"):
+        member = kept["member"].sel(neuron_set=f"{name}/general").values
+        assert np.array_equal(member, found[name].general.member)
+    assert set(load_sets(tmp_path / "n.json")) == set(kept["neuron_set"].values)
+    resid = locate(store, top=0.2, site="resid", tokens="prompt", score="std_rms", general_share=0.125)
+    assert resid["race"].general.member.shape == (3, 32)
+    assert len(resid["race"].general) == 12
+    load_sets(tmp_path / "n.json")["race/general"].check(load_model(model_paths["llama"]))
