@@ -1,0 +1,136 @@
+"""Sections on what was done: patched activations, and fine-tuning with neurons held back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pnlac_fast.reporting import effects, style, tables, wording
+from pnlac_fast.reporting.contents import Contents
+from pnlac_fast.reporting.rows import MethodRow, PatchRow, PathPoint
+from pnlac_fast.reporting.sections import Section, Shown, Table, absent, unit_of
+
+
+def patching(contents: Contents, boots: int, seed: int) -> Section:
+    """Recovered fraction of the shift by set of neurons."""
+    key, title = "patching", "What copying their activations does"
+    rows = tables.patch_rows(contents.results["patching"], boots, seed) if "patching" in contents.results else []
+    if not rows:
+        return absent(key, title, "pnlac-fast patch")
+    sentences = wording.patch_sentences(rows)
+    kind = rows[0].kind
+    main = [r for r in rows if r.kind == kind]
+    figure = Shown(
+        "patching",
+        (sentences[0] if sentences else "Recovered fraction of the shift by set of neurons.")
+        + " 100 % is the shift of the tuned model; whiskers are 95 % intervals, ticks single random draws.",
+        "Bars of the recovered fraction. "
+        + "; ".join(
+            f"{r.neurons} ({effects.DIRECTIONS.get(r.direction, r.direction)}): "
+            f"on-topic {wording.percentage(r.on_topic)}, off-topic {wording.percentage(r.off_topic)}"
+            for r in main
+        )
+        + ".",
+        lambda width: effects.draw_patching(main, width),
+    )
+    return Section(key, title, sentences, [figure], [_patch_table(rows)])
+
+
+def _patch_table(rows: Sequence[PatchRow]) -> Table:
+    header = ["Neurons", "Direction", "Patch", "Share of all", "On-topic", "Off-topic", "Draws"]
+    cells = []
+    for r in rows:
+        where = effects.DIRECTIONS.get(r.direction, r.direction)
+        values = [wording.percentage(r.on_topic), wording.percentage(r.off_topic)]
+        cells.append([style.pretty(r.neurons), where, r.kind, style.percent(r.share), *values, str(r.draws)])
+    caption = "Recovered fraction of the fine-tuning shift, pooled over tuned topics. Random rows average their draws."
+    return Table("patching", caption, header, cells, rows, words=3)
+
+
+def methods(contents: Contents, boots: int, seed: int) -> Section:
+    """Coupling of every method at equal steps and at equal on-topic shift, and its path."""
+    key, title = "methods", "What keeps the other topics still"
+    training = contents.results.get("training")
+    rows, paths = tables.method_rows(training, boots, seed) if training is not None else ([], [])
+    if training is None:
+        return absent(key, title, "pnlac-fast finetune --inhibit")
+    if not rows:  # nothing to compare with
+        return absent(key, title, "pnlac-fast finetune (without --inhibit)")
+    unit = unit_of(training)
+    sentences = wording.method_sentences(rows)
+    goal = style.percent(tables.EQUAL_SHIFT)
+    best = _best(rows)
+    bars = Shown(
+        "methods",
+        f"{best} After equally many steps, and where each run first reaches {goal} of plain tuning\u2019s "
+        "final on-topic shift. Percentages: change of coupling against plain tuning, averaged over tuned topics.",
+        "Coupling of each method. " + "; ".join(_method_text(r) for r in rows if not style.is_control(r.method)) + ".",
+        lambda width: effects.draw_methods(rows, width, unit),
+    )
+    line = Shown(
+        "trajectories",
+        "Coupling against on-topic shift while training proceeds, mean over tuned topics. At a given on-topic shift, "
+        "lower is better: a method that only learns more slowly runs along the line of plain tuning.",
+        "One line a method from the origin, coupling against on-topic shift. "
+        + "; ".join(_path_text(m, paths) for m in dict.fromkeys(p.method for p in paths) if not style.is_control(m))
+        + ".",
+        lambda width: effects.draw_paths(paths, width, unit),
+    )
+    trail_header = ["Method", "Draw", "Step", "On-topic shift", "Coupling"]
+    trail = [
+        [
+            p.method,
+            str(p.draw) if p.draw >= 0 else "",
+            str(p.step),
+            wording.number(p.on_topic),
+            wording.number(p.coupling),
+        ]
+        for p in paths
+    ]
+    extra = Table("trajectories", "Every point of the trajectories", trail_header, trail, paths, folded=True)
+    return Section(key, title, sentences, [bars, line], [_method_table(rows, unit), extra])
+
+
+def _best(rows: Sequence[MethodRow]) -> str:
+    tried = [
+        r
+        for r in rows
+        if r.comparison == "equal shift"
+        and r.method != "plain"
+        and not style.is_control(r.method)
+        and r.reduction.sign > 0
+    ]
+    if not tried:
+        return "No method was shown to reduce coupling at equal on-topic shift."
+    top = max(tried, key=lambda r: r.reduction.value)
+    label = style.method_label(top.method)
+    cut = wording.percentage(top.reduction)
+    return f"The largest reduction at equal on-topic shift, {cut}, is that of \u201c{label}\u201d."
+
+
+def _method_text(row: MethodRow) -> str:
+    return f"{style.method_label(row.method)}, {row.comparison}: {wording.number(row.coupling.value)}"
+
+
+def _path_text(method: str, paths: Sequence[PathPoint]) -> str:
+    last = [p for p in paths if p.method == method][-1]
+    return f"{style.method_label(method)} ends at {wording.number(last.on_topic)}, {wording.number(last.coupling)}"
+
+
+def _method_table(rows: Sequence[MethodRow], unit: str) -> Table:
+    header = ["Method", "Share of all", f"Coupling [{unit}]", "Reduction", "Reduction", "Retention", "Runs"]
+    header[2:5] = ["Reduction, equal steps", "Reduction, equal shift", f"Coupling, equal shift [{unit}]"]
+    cells = []
+    for method in dict.fromkeys(r.method for r in rows):
+        steps, shift = (next(r for r in rows if r.method == method and r.comparison == c) for c in effects.COMPARISONS)
+        label = style.method_label(method)
+        reached = f"{shift.reached} of {shift.runs}" if shift.reached < shift.runs else str(shift.runs)
+        cut = ["", ""] if method == "plain" else [wording.percentage(r.reduction) for r in (steps, shift)]
+        share = style.percent(shift.share) if math.isfinite(shift.share) and shift.share > 0 else ""
+        values = [wording.estimate(shift.coupling), wording.percentage(shift.retention), reached]
+        cells.append([effects.sentence_case(label), share, *cut, *values])
+    caption = (
+        "Reduction is 1 \u2212 C(method) / C(plain); retention the final on-topic shift over that of plain tuning. "
+        "Runs counts tuned topics times random draws; \u201c4 of 6\u201d means that four reached the shift compared at."
+    )
+    return Table("methods", caption, header, cells, rows)

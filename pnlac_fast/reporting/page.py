@@ -1,0 +1,171 @@
+"""The report itself: tables, figures and one page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+import pnlac_fast
+from pnlac_fast.reporting import intervention, observation, style, wording
+from pnlac_fast.reporting.contents import Contents, read_contents
+from pnlac_fast.reporting.rows import to_csv
+from pnlac_fast.reporting.sections import Section
+
+PAPERS = (
+    ("Understanding and Mitigating Political Stance Cross-topic Generalization in Large Language Models", "2508.02360"),
+    ("How Susceptible are Large Language Models to Ideological Manipulation?", "2402.11725"),
+)
+
+
+ARROW = " \u203a "
+
+
+def report(store: str | Path, out: str | Path, *, title: str | None = None, boots: int = 2000, seed: int = 0) -> Path:
+    """Write what a store holds as tables (CSV), figures (PNG) and one self-contained HTML page.
+
+    Parameters
+    ----------
+    store
+        A store with any of ``/contrast``, ``/neuron_sets`` and ``/results``; parts that are missing are named on the
+        page with the command that adds them.
+    out
+        Folder for ``index.html``, ``tables/`` and ``figures/`` (and ``figures/narrow/``, for telephones); made where
+        needed. Files of an earlier report with the same names are replaced.
+    title
+        Heading of the page.
+    boots, seed
+        Number of bootstrap resamples over questions for the 95 % intervals, and their seed. The same store and seed
+        give the same files.
+
+    Returns
+    -------
+    pathlib.Path
+        The page.
+
+    Raises
+    ------
+    UserError
+        There is nothing to report, or a result cannot be read as what its name says.
+    """
+    return write_report(read_contents(store), out, title=title, boots=boots, seed=seed)
+
+
+def write_report(
+    contents: Contents, out: str | Path, *, title: str | None = None, boots: int = 2000, seed: int = 0
+) -> Path:
+    """As :func:`report`, from contents already opened."""
+    folder = Path(out)
+    for name in ("tables", "figures/narrow"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    sections = build(contents, boots, seed)
+    pictures = {}
+    with style.drawing_style():
+        for shown in (figure for section in sections for figure in section.figures):
+            picture = style.Picture(*(style.png(shown.draw(width)) for width in (style.WIDE, style.NARROW)))
+            (folder / "figures" / f"{shown.name}.png").write_bytes(picture.wide)
+            (folder / "figures" / "narrow" / f"{shown.name}.png").write_bytes(picture.narrow)
+            pictures[shown.name] = picture
+    for table in (t for section in sections for t in section.tables):
+        (folder / "tables" / f"{table.name}.csv").write_text(to_csv(table.rows))
+    environment = Environment(
+        loader=PackageLoader("pnlac_fast.reporting", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("page.html.j2").render(
+        title=title or f"Cross-topic stance report: {contents.name}",
+        name=contents.name,
+        summary=summary(sections),
+        sections=[numbered(section, i) for i, section in enumerate(sections, 1)],
+        images={name: (inline(p.wide), inline(p.narrow), *size(p.wide)) for name, p in pictures.items()},
+        origin=origin_rows(contents),
+        synthetic=is_synthetic(contents),
+        papers=PAPERS,
+        boots=boots,
+        seed=seed,
+        version=pnlac_fast.__version__,
+    )
+    path = folder / "index.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def build(contents: Contents, boots: int, seed: int) -> list[Section]:
+    """All sections in their order, computed but not yet drawn."""
+    return [
+        observation.shift(contents, boots, seed),
+        observation.layers(contents),
+        observation.overlap(contents),
+        intervention.patching(contents, boots, seed),
+        intervention.methods(contents, boots, seed),
+        observation.scorers(contents, boots, seed),
+    ]
+
+
+def summary(sections: Sequence[Section]) -> list[str]:
+    """The plain-words findings, one list for the head of the page."""
+    chosen = {section.key: section.sentences for section in sections}
+    return [sentence for key in ("shift", "layers", "patching", "methods") for sentence in chosen.get(key, [])]
+
+
+def numbered(section: Section, number: int) -> Section:
+    """The section with its number in front of the title."""
+    return replace(section, title=f"{number}. {section.title}")
+
+
+def inline(png: bytes) -> str:
+    """PNG bytes as a data address, so that the page carries its figures."""
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def size(png: bytes) -> tuple[int, int]:
+    """Width and height in pixels, from the header of a PNG."""
+    return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+
+
+def is_synthetic(contents: Contents) -> bool:
+    """Whether any part of the store says that it comes from the synthetic testbed."""
+    said = [contents.info.get("provenance", {}), *(result.attrs for result in contents.results.values())]
+    return "testbed" in json.dumps(said, default=str).lower()
+
+
+def origin_rows(contents: Contents) -> list[tuple[str, str]]:
+    """Where the numbers come from, flattened to (what, value) in the order of the store."""
+    rows = [("store", contents.name)]
+    for key, value in contents.info.items():
+        if key in ("neuron_sets", "path"):  # hundreds of names; and the path is known to whoever made the page
+            continue
+        rows += _flat(key.replace("_", " "), value)
+    said = {(what.split(ARROW)[-1], value) for what, value in rows}
+    for name, result in contents.results.items():  # the same versions again would only hide what differs
+        for what, value in _flat(f"result {name}", dict(result.attrs)):
+            leaf = (what.split(ARROW)[-1], value)
+            if leaf not in said:
+                said.add(leaf)
+                rows.append((what, value))
+    return rows
+
+
+def _flat(name: str, value: Any) -> list[tuple[str, str]]:
+    if isinstance(value, str) and value[:1] in "{[":
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return [(name, value)]
+    if isinstance(value, Mapping):
+        return [row for key, inner in value.items() for row in _flat(f"{name}{ARROW}{key}", inner)]
+    if isinstance(value, list | tuple):
+        return [(name, " ".join(map(str, value)) if "command" in name else ", ".join(map(str, value)))] if value else []
+    if name.startswith("bytes") and isinstance(value, int):
+        return [(name, f"{value / 1e6:.1f} MB" if value >= 1e6 else f"{value / 1e3:.1f} kB")]
+    if isinstance(value, float):
+        value = wording.number(value, 4)
+    return [(name, str(value))] if value not in ("", None) else []

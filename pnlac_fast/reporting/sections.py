@@ -1,0 +1,57 @@
+"""What a section of the page consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from matplotlib.figure import Figure
+
+Cells = list[list[str]]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure on the page: file name, caption, alternative text, and how to draw it at a width in inches."""
+
+    name: str
+    caption: str
+    alt: str
+    draw: Callable[[float], Figure]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table on the page: the text cells to show, and the rows that go to CSV in full precision."""
+
+    name: str
+    caption: str
+    header: list[str]
+    cells: Cells
+    rows: Sequence[Any]
+    words: int = 1  # leading columns of text; the others are numbers
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section; `missing` is the line that says which command adds it where the data are absent."""
+
+    key: str
+    title: str
+    sentences: list[str] = field(default_factory=list)
+    figures: list[Shown] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    missing: str = ""
+
+
+def absent(key: str, title: str, command: str) -> Section:
+    """A section whose data are not in the store, and the command that adds them."""
+    return Section(key, title, missing=command)
+
+
+def unit_of(dataset: Any) -> str:
+    """Unit of a margin: nats, or nats per token where log-probabilities were divided by their length."""
+    return "nats" if dataset.attrs.get("normalise", "token") == "sum" else "nats per token"
