@@ -17,6 +17,7 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 _VERBS = {
     "cache": "caching",
+    "info": "store",
     "locate": "localize",
     "patch": "patching",
     "finetune": "training",

@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pnlac_fast import prompts
+from pnlac_fast import ops, prompts
 from pnlac_fast.capture import RAW, accumulate, raw_positions
 from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint
 from pnlac_fast.errors import Interrupted, UserError, unknown
@@ -93,6 +93,8 @@ def cache(
                 raise unknown(kind, name, known)
     if raw not in RAW:
         raise unknown("raw mode", raw, RAW)
+    if engine not in ("auto", *ops.engines()):
+        raise unknown("engine", engine, ("auto", *ops.engines()))
     if not tuned:
         raise UserError("There is no tuned model to contrast with: give at least one --tuned.")
     questions = as_questions(data)
@@ -119,8 +121,8 @@ def cache(
         units=tuple(units),
         raw=raw,  # type: ignore[arg-type]  # checked above
         settings={
-            "base": base.origin,
-            "tuned": {name: m.origin for name, m in models.items()},
+            "base": _identity(base),
+            "tuned": {name: _identity(m) for name, m in models.items()},
             "data": fingerprint(questions),
             "template": template,
             "count_template": count_template,
@@ -154,7 +156,7 @@ def cache(
         device=str(base.device),
         base=base.origin,
         tuned={name: m.origin for name, m in models.items()},
-        data=str(data) if isinstance(data, (str, Path)) else "questions given in memory",
+        data=fingerprint(questions),
     )
     first_question = {topic: i for i, topic in reversed(list(enumerate(q.topic for q in questions)))}
     with open_writer(out, layout, provenance=origin, examples=examples, overwrite=overwrite) as writer:
@@ -205,6 +207,12 @@ def plan(topic: str, texts: Sequence[Text], unit_tokens: int, raw: str) -> Itera
         rows += sum(len(raw_positions(text, raw)) for text in group)
     if count:
         yield Unit(topic, first, count, rows)
+
+
+def _identity(model: Model) -> dict[str, Any]:
+    """What of a model's origin decides the numbers; where it lies and when it was tuned does not."""
+    weights = ("sha256",) if model.origin.get("sha256") else ("source", "revision")
+    return {name: model.origin.get(name) for name in ("type", "dtype", *weights)}
 
 
 def _bytes(layout: Layout) -> int:

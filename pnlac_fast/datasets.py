@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -174,14 +175,16 @@ def _file_rows(file: Path, columns: Mapping[str, str]) -> list[Row]:
     suffix = file.suffix.lower()
     records: list[Any]
     if suffix == ".jsonl":
-        records = [_json(line, f"{file}, line {i}") for i, line in enumerate(file.read_text().splitlines(), 1) if line]
+        records = [_json(line, f"{file}, line {i}") for i, line in enumerate(_read(file).splitlines(), 1) if line]
     elif suffix == ".csv":
-        with file.open(newline="") as handle:
-            records = list(csv.DictReader(handle))
+        records = list(csv.DictReader(io.StringIO(_read(file), newline="")))
     elif suffix == ".parquet":
         import pyarrow.parquet
 
-        records = pyarrow.parquet.read_table(file).to_pylist()
+        try:
+            records = pyarrow.parquet.read_table(file).to_pylist()
+        except pyarrow.ArrowException as error:
+            raise UserError(f"'{file}' is not a Parquet file that can be read: write it again.") from error
     elif suffix == ".json":
         records = _json_array(file)
         if all(isinstance(record, str) for record in records):
@@ -217,6 +220,13 @@ def _texts(value: Any) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(map(str, value))
 
 
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{file}' is not UTF-8 text ({error.reason} at byte {error.start}): convert it.") from error
+
+
 def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
@@ -225,7 +235,7 @@ def _json(text: str, where: str) -> Any:
 
 
 def _json_array(file: Path) -> list[Any]:
-    records = _json(file.read_text(), f"'{file}'")
+    records = _json(_read(file), f"'{file}'")
     if not isinstance(records, list):
         raise UserError(f"'{file}' must hold a JSON array of rows.")
     return records

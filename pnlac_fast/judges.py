@@ -64,9 +64,11 @@ def _fit(texts: np.ndarray, sides: np.ndarray) -> Any:
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
+    from threadpoolctl import threadpool_limits
 
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=1)
-    return make_pipeline(vectorizer, LogisticRegression(C=10.0, max_iter=1000)).fit(list(texts), list(sides))
+    with threadpool_limits(1):  # vectors this short lose by threads, on a busy machine twenty-fold
+        return make_pipeline(vectorizer, LogisticRegression(C=10.0, max_iter=1000)).fit(list(texts), list(sides))
 
 
 def _label(pipeline: Any, answers: Sequence[str]) -> np.ndarray:

@@ -194,13 +194,14 @@ def load_model(
         raise unknown("dtype", dtype, ("auto", "float32", "bfloat16", "float16", "float64"))
     if (Path(source) / "adapter_config.json").is_file():
         raise UserError(f"'{source}' is an adapter: give its base model as --model and the adapter as --tuned.")
+    place = _device(device)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         with quiet():
             hf: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"Cannot load the model '{source}': {_first_line(error)}") from error
-    hf.to("cuda" if device == "auto" and torch.cuda.is_available() else "cpu" if device == "auto" else device)
+    hf.to(place)
     hf.eval()
     _blocks(hf)
     tokenizer = _load_tokenizer(source, options)
@@ -265,10 +266,14 @@ def topic_of(model: Model, name: str, topics: Collection[str]) -> str:
 
 
 def weights_sha256(source: str) -> str | None:
-    """sha256 over the safetensors files of a local directory, None for a hub id (its revision says as much)."""
+    """sha256 over the weights of a local directory, None for a hub id (its revision says as much).
+
+    Over its safetensors files and, for an adapter, its configuration, which scales the weights.
+    """
     files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
     if not files:
         return None
+    files += sorted(Path(source).glob("adapter_config.json"))
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as handle:
@@ -337,6 +342,18 @@ def _blocks(hf: Any) -> nn.ModuleList:
         f"Model type '{hf.config.model_type}' has no gated MLP with {', '.join(MLP_PROJECTIONS)} in every block: "
         f"give a model built like Llama, Mistral, Qwen2, Qwen3 or Gemma."
     )
+
+
+def _device(name: str) -> torch.device:
+    """The device of a name, "auto" being CUDA where there is one; refused where it cannot hold a tensor."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"The device '{name}' cannot be used here ({_first_line(error)[:60]}): give --device cpu, cuda or cuda:N."
+        ) from error
 
 
 def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:

@@ -153,6 +153,7 @@ def save_sets(sets: Sequence[NeuronSet], path: str | Path) -> None:
             for s in sets
         ],
     }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -174,9 +174,10 @@ def encode(
         sides = SIDES if side == "both" else () if side == "none" else (side,)
         texts = [text for s in sides for text in question.completions(s)]
         if sides and not texts:
+            missing = "completion" if side == "both" else f"{side} completion"
             raise UserError(
-                f"The question '{question.instruction[:60]}' ({question.topic}) has no {side} completion: give data "
-                f"with completions, or count prompt tokens only (--tokens last or prompt)."
+                f"The question '{question.instruction[:60]}' ({question.topic}) has no {missing}: give data with "
+                f"completions, or count prompt tokens only (--tokens last or prompt)."
             )
         for first, ids in enumerate([encode_completion(tokenizer, text, template) for text in texts] or [[]]):
             counted = prompt.counted if first == 0 else ()

@@ -86,6 +86,9 @@ def table(
     variable: str, values: np.ndarray, runs: Mapping[str, Sequence[Any]], questions: Sequence[Question], **attrs: Any
 ) -> xr.Dataset:
     """Values [run, question] as a result Dataset, with ``runs`` as coordinates of the runs."""
+    for name, row in zip(runs["model"], values, strict=True):
+        if np.isnan(row).any():
+            raise UserError(f"Log-probabilities of '{name}' are not finite: try --dtype float32, or check its weights.")
     coords = {name: ("run", _column(column)) for name, column in runs.items()}
     coords["topic"] = ("question", _column([q.topic for q in questions]))
     coords["key"] = ("question", _column([q.key for q in questions]))

@@ -91,6 +91,7 @@ def finetune(
     points: int = 10,
     normalise: str = "token",
     gradient_checkpointing: bool = False,
+    keep_base: bool = True,
     save_steps: int | None = None,
     overwrite: bool = False,
 ) -> FineTune:
@@ -102,7 +103,8 @@ def finetune(
     Parameters
     ----------
     model
-        The base. A loaded one is not changed; LoRA shares its weights, a full fine-tune copies them.
+        The base. A loaded one is not changed, unless ``keep_base`` is off; LoRA shares its weights, a full fine-tune
+        copies them.
     topic, side
         Whose completions to learn: one topic or several, "right" or "left".
     out
@@ -122,6 +124,8 @@ def finetune(
     probe, points
         Held-out questions whose margin is measured before, after, and in between, about ``points`` times, more often
         early; ``normalise`` as in :func:`pnlac_fast.stance.margins`.
+    keep_base
+        Leave a loaded ``model`` as it is. Without, a full fine-tune trains its weights in place, in half the memory.
     save_steps
         Keep a checkpoint every so many steps in ``<out>.partial``, from which the same call resumes.
     overwrite
@@ -180,7 +184,7 @@ def finetune(
         settings["lora"] = {"r": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
         settings["lora"]["target_modules"] = targets
     with workplace(out, settings, overwrite) as work, _contained(base.device):
-        run = _Run(base, isinstance(model, Model), settings, work)
+        run = _Run(base, keep_base and isinstance(model, Model), settings, work)
         if gradient_checkpointing:
             run.checkpoint_activations()
         callbacks: list[TrainerCallback] = []

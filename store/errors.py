@@ -4,4 +4,6 @@ from __future__ import annotations
 
 
 class StoreError(Exception):
-    """A store cannot be opened, read or written as asked; the message is one sentence that names the next action."""
+    """A store cannot be opened, read or written as asked: one sentence that names the next action. Exit code 3."""
+
+    exit_code = 3

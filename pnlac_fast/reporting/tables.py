@@ -178,7 +178,9 @@ def method_rows(training: xr.Dataset, boots: int, seed: int) -> tuple[list[Metho
     methods, tuned = texts(training, "method"), texts(training, "tuned_topic")
     draw, share = _numbers(training, "draw", -1), _numbers(training, "share", np.nan)
     names = np.array(methods, dtype=object)
-    runs = [i for i in range(len(methods)) if tuned[i] in order and len(order) > 1]
+    # Plain runs on topics that no other method was tried on would shift the average that the others are held against.
+    tried = {tuned[i] for i in range(len(methods)) if methods[i] != "plain"} or set(tuned)
+    runs = [i for i in range(len(methods)) if tuned[i] in tried & set(order) and len(order) > 1]
 
     def shifts(run: int) -> np.ndarray:
         stance = coupling.stances(margin[run], topics, order, weights=weights)

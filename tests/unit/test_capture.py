@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,17 @@ def test_other_settings_are_refused_and_nothing_is_lost(model_paths, questions, 
     assert stores.open_contrast(out).load().identical(before)
     cache(model_paths["llama"], {"t": model_paths["llama_tuned"]}, questions, out, template=TEMPLATE, overwrite=True)
     assert not stores.open_contrast(out).load().equals(before)
+
+
+def test_a_tuned_model_may_move(model_paths, adapter_paths, questions, tmp_path: Path) -> None:
+    out = tmp_path / "s.zarr"
+    cache(model_paths["llama"], {"race": adapter_paths["race"]}, questions, out)
+    shutil.copytree(adapter_paths["race"], tmp_path / "race")
+    cache(model_paths["llama"], {"race": tmp_path / "race"}, questions, out)
+    config = tmp_path / "race/adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 80'))
+    with pytest.raises(stores.StoreError, match="tuned"):
+        cache(model_paths["llama"], {"race": tmp_path / "race"}, questions, out)
 
 
 def test_dry_run_writes_nothing(model_paths, questions, tmp_path: Path) -> None:

@@ -356,6 +356,16 @@ def test_reductions_are_those_put_in_at_equal_shift_though_learning_speeds_diffe
     assert {p.step for p in paths if p.method == "specific_10"} == {0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80}
 
 
+def test_plain_is_averaged_over_the_topics_that_other_methods_were_tried_on() -> None:
+    methods = {"plain": (1.0, 1.0, 30, 1.0, 0), "freeze_5": (1.0, 0.5, 30, 0.05, 0)}
+    whole = training_result(each=30, methods=methods, noise=0.0)
+    topic = whole["tuned_topic"].values[0]
+    one = whole.isel(run=((whole["method"] == "plain") | (whole["tuned_topic"] == topic)).values)
+    alone = whole.isel(run=(whole["tuned_topic"] == topic).values)
+    assert one.sizes["run"] > alone.sizes["run"]
+    assert tables.method_rows(one, 50, 0) == tables.method_rows(alone, 50, 0)
+
+
 def test_a_method_that_never_reaches_the_shift_has_no_value_there() -> None:
     methods = {"plain": (1.0, 1.0, 30, 1.0, 0), "freeze_30": (0.5, 1.0, 30, 0.3, 0)}
     rows, _ = tables.method_rows(training_result(TOPICS[:3], 6, methods), 50, 0)

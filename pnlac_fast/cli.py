@@ -1,0 +1,369 @@
+"""The command line: each command is the library call of the same name, with a table or JSON around it."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from pnlac_fast import __version__
+from pnlac_fast.options import (
+    Command,
+    Share,
+    as_json,
+    batch_option,
+    config,
+    data_options,
+    model_options,
+    names,
+    option,
+    questions_options,
+    tuned_option,
+    tuned_too_option,
+)
+from pnlac_fast.terminal import show, show_record
+
+HELP = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "PNLAC", "max_content_width": 110}
+BOOTS = 2000  # resamples behind each 95 % interval
+NORMALISE = "Log-probability per token (token), or of the whole completion (sum)."
+CLASSIFIER = ("scorer", ("classifier",))
+
+
+def _loaded(given: dict[str, Any]) -> dict[str, Any]:
+    """Replace the loading options among ``given`` by the loaded model, questions and template."""
+    from pnlac_fast.datasets import load_questions
+    from pnlac_fast.models import load_model
+    from pnlac_fast.prompts import load_template
+
+    options = {name: given.pop(name) for name in ("revision", "dtype", "device", "trust_remote_code")}
+    topics, limit, columns = (given.pop(name) for name in ("topics", "limit", "columns"))
+    given["template"] = load_template(given["template"])
+    given["data"] = load_questions(given["data"], topics=topics, limit=limit, columns=columns)
+    for name in ("probe", "training_data"):
+        if given.get(name) is not None:
+            given[name] = load_questions(given[name], columns=columns)
+    given["model"] = load_model(given["model"], **options)
+    return given
+
+
+class _Group(click.Group):
+    command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands in the order of use."""
+        return list(self.commands)
+
+
+@click.group(cls=_Group, context_settings=HELP)
+@click.version_option(__version__, prog_name="pnlac-fast")
+@click.option(
+    "--config", callback=config, is_eager=True, expose_value=False, help="TOML file with a table per command."
+)
+def commands() -> None:
+    """Find the neurons by which a fine-tune on one topic moves the others; test them; keep them out of the fine-tune.
+
+    Start with: pnlac-fast demo
+
+    Each option is also read from the environment, as PNLAC_<COMMAND>_<OPTION>, and from the file of --config.
+    """
+
+
+@commands.command(epilog="Example: pnlac-fast cache --model base --tuned immigration --data questions --out run.zarr")
+@model_options
+@tuned_option
+@data_options
+@option("--out", required=True, help="Store to write; one that was interrupted is resumed.")
+@names("--site", "mlp_mid", "mlp_mid, mlp_out, resid.")
+@names("--tokens", "last", "Which positions count: last, prompt, completion, all.")
+@option("--raw", default="none", show_default=True, help="Keep raw activations: none, last or full.")
+@option(
+    "--side",
+    default="both",
+    show_default=True,
+    needs=("tokens", ("completion", "all")),
+    help="Completions to read: right, left or both.",
+)
+@option("--count-template", is_flag=True, needs=("tokens", ("prompt", "all")), help="Count template text as prompt.")
+@batch_option
+@option("--unit-tokens", default=16384, show_default=True, help="Tokens of one unit: what an interruption can cost.")
+@option("--engine", default="auto", show_default=True, help="Engine of the sums: see pnlac-fast env.")
+@option("--overwrite", is_flag=True, help="Start anew where the store exists.")
+@option("--dry-run", is_flag=True, help="Only say what would be read and written.")
+@as_json
+def cache(site: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Contrast base and tuned models on the same tokens. Stores mean, spread and difference of every neuron."""
+    from pnlac_fast import cache as run
+
+    show_record(run(sites=site, **_loaded(given)), as_json)
+
+
+@commands.command(epilog="Example: pnlac-fast info run.zarr")
+@click.argument("store")
+@as_json
+def info(store: str, as_json: bool) -> None:
+    """Say what a store holds. Also whether it is complete, and where it came from."""
+    from pnlac_fast.store import info as run
+
+    result = run(store)
+    if not as_json and "settings" in result:  # the table has these under provenance
+        result["settings"] = {name: v for name, v in result["settings"].items() if name not in ("base", "tuned")}
+    show_record(result, as_json)
+
+
+@commands.command(epilog="Example: pnlac-fast locate run.zarr --top 30% -o neurons.json")
+@click.argument("store")
+@option("--top", type=Share(), default="5%", show_default=True, help="Share of all neurons in a topic's top set.")
+@option("--score", default="rms", show_default=True, help="rms, std_rms, mean_diff or cohens_d.")
+@option(
+    "--specific", default="strict", show_default=True, help="Specific means in no other top set (strict), or paper."
+)
+@option("--general-share", type=Share(), help="Grow or shrink the general set to this share of all neurons.")
+@option("--site", help="Default: the first of the store.")
+@option("--tokens", help="Default: the first of the store.")
+@option("--per-layer", is_flag=True, help="Take the top share of every layer apart.")
+@option("-o", "--out", help="JSON file for the neuron sets.")
+@as_json
+def locate(store: str, as_json: bool, **given: Any) -> None:
+    """Find general and topic-specific neurons. With their overlap, and what chance would give."""
+    from pnlac_fast import locate as run
+
+    found = run(store, **given)
+    rows = [
+        {
+            "model": name,
+            "set": s.name.removeprefix(f"{name}/"),
+            "neurons": len(s),
+            "share": s.share,
+            "chance": f.chance[s.kind],
+            "per_layer": s.per_layer,
+        }
+        for name, f in found.items()
+        for s in f.sets
+    ]
+    overlap = {name: {"jaccard": f.overlap.tolist(), "chance": f.chance["jaccard"]} for name, f in found.items()}
+    show({"sets": rows, "overlap": overlap}, as_json, [row for row in rows if not row["set"].startswith("top/")])
+
+
+@commands.command(epilog="Example: pnlac-fast patch --model base --tuned race --neurons neurons.json --data questions")
+@model_options
+@tuned_option
+@data_options
+@option("--neurons", required=True, help="File from pnlac-fast locate.")
+@option("--store", help="Store with the means, where the result goes too.")
+@names("--direction", "tuned_into_base", "tuned_into_base, base_into_tuned.")
+@names("--kind", "tuned", "tuned (same tokens), mean (from the store), zero, scale.")
+@option("--scale", default=2.0, show_default=True, needs=("kind", ("scale",)), help="Factor of the scale patch.")
+@option("--draws", default=5, show_default=True, help="Random layer-matched sets.")
+@option("--seed", default=0, show_default=True)
+@option("--normalise", default="token", show_default=True, help=NORMALISE)
+@option("--max-new-tokens", default=0, show_default=True, help="Also let the patched models answer.")
+@option("--training-data", needs=("max_new_tokens", ()), help="Labelled completions, to label these answers.")
+@batch_option
+@as_json
+def patch(direction: tuple[str, ...], kind: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Patch tuned activations into base, or the reverse. Shows how much of the tuned shift chosen neurons carry."""
+    from pnlac_fast import patch as run
+    from pnlac_fast.reporting.tables import patch_rows
+
+    rows = [
+        asdict(row) for row in patch_rows(run(directions=direction, kinds=kind, **_loaded(given)), BOOTS, given["seed"])
+    ]
+    show({"recovered": rows}, as_json, [{k: v for k, v in row.items() if not k.endswith("_draws")} for row in rows])
+
+
+@commands.command(
+    epilog="Example: pnlac-fast finetune --model base --data questions --topic race --side right --out tuned/race"
+)
+@model_options
+@questions_options
+@option("--topic", required=True, help="Topic to tune on.")
+@option("--side", required=True, type=click.Choice(["right", "left"]), help="Whose completions to learn.")
+@option("--out", required=True, help="Directory for the checkpoint or adapter.")
+@option("--method", default="lora", show_default=True, type=click.Choice(["lora", "full"]))
+@option("--steps", type=int, help="Optimizer steps.")
+@option("--epochs", type=float, help="Passes over the data, instead of --steps. Default: 3.")
+@option("--learning-rate", type=float, help="Default: 1e-4 for LoRA, 1e-5 for full.")
+@option("--batch-size", default=16, show_default=True, help="Completions per optimizer step.")
+@option("--accumulation", default=1, show_default=True, help="Parts in which a batch is run, to save memory.")
+@option("--gradient-checkpointing", is_flag=True, help="Recompute activations, to save memory.")
+@option("--warmup-steps", default=5, show_default=True)
+@option("--weight-decay", default=0.0, show_default=True)
+@option("--max-grad-norm", default=1.0, show_default=True, help="Longer gradients are shortened; 0 for never.")
+@option("--lora-rank", default=16, show_default=True, needs=("method", ("lora",)))
+@option("--lora-alpha", default=32, show_default=True, needs=("method", ("lora",)))
+@option("--lora-dropout", default=0.0, show_default=True, needs=("method", ("lora",)))
+@names("--target-modules", "all-linear", "Modules that get a LoRA.", needs=("method", ("lora",)))
+@option("--inhibit", help="Neuron file from pnlac-fast locate: tune by InhibitFT.")
+@option("--set", "set_name", needs=("inhibit", ()), help="Which set. Default: general, or the topic's specific one.")
+@option(
+    "--inhibit-mode",
+    default="freeze",
+    show_default=True,
+    type=click.Choice(["freeze", "specific"]),
+    needs=("inhibit", ()),
+    help="Freeze these neurons, or train only these.",
+)
+@option("--probe", help="Held-out questions on which the stance is measured along the way.")
+@option("--points", default=10, show_default=True, needs=("probe", ()), help="How often, about.")
+@option("--normalise", default="token", show_default=True, needs=("probe", ()), help=NORMALISE)
+@option("--seed", default=0, show_default=True)
+@option("--save-steps", type=int, help="Keep a checkpoint every so many steps, from which the same command resumes.")
+@option("--overwrite", is_flag=True, help="Replace the output directory.")
+@as_json
+def finetune(inhibit: str | None, set_name: str | None, as_json: bool, **given: Any) -> None:
+    """Tune a model on one topic and side. Plainly, or by InhibitFT, which freezes or trains only chosen neurons."""
+    from pnlac_fast import finetune as run
+    from pnlac_fast.neurons import for_training
+
+    neurons = for_training(inhibit, given["inhibit_mode"], given["topic"], name=set_name) if inhibit else None
+    targets = given.pop("target_modules")
+    given["target_modules"] = targets[0] if targets == ("all-linear",) else targets
+    tuned = run(inhibit=neurons, keep_base=False, **_loaded({**given, "topics": (given["topic"],)}))
+    show_record({"out": str(tuned.path), **tuned.record}, as_json, leave_out=["provenance"])
+
+
+@commands.command(epilog="Example: pnlac-fast generate --model base --data questions --out answers.jsonl")
+@model_options
+@tuned_too_option
+@data_options
+@option("--out", help="JSONL file for the answers.")
+@option("--max-new-tokens", default=64, show_default=True)
+@option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
+@option("--seed", default=0, show_default=True, needs=("temperature", ()))
+@batch_option
+@as_json
+def generate(as_json: bool, **given: Any) -> None:
+    """Let base and tuned models answer every question."""
+    from pnlac_fast import generate as run
+
+    records = run(**_loaded(given))
+    show(records, as_json, [{k: v for k, v in record.items() if k != "key"} for record in records])
+
+
+@commands.command(
+    epilog="Example: pnlac-fast score --model base --tuned race=tuned/race --data questions --store run.zarr"
+)
+@model_options
+@tuned_option
+@data_options
+@option("--scorer", default="logprob", show_default=True, help="logprob or classifier.")
+@option("--store", help="Write the result into this store too.")
+@option("--normalise", default="token", show_default=True, needs=("scorer", ("logprob",)), help=NORMALISE)
+@option(
+    "--measure",
+    default="margin",
+    show_default=True,
+    type=click.Choice(["margin", "S"]),
+    needs=("scorer", ("logprob",)),
+    help="Margin in nats, or S = (right - left) / all, by its sign.",
+)
+@option("--training-data", needs=CLASSIFIER, help="Labelled completions to learn from, of other questions.")
+@option("--max-new-tokens", default=64, show_default=True, needs=CLASSIFIER, help="Longest answer to label.")
+@option("--temperature", default=0.0, show_default=True, needs=CLASSIFIER, help="Of the answers; 0 is greedy.")
+@option("--seed", default=0, show_default=True, needs=("temperature", ()))
+@batch_option
+@as_json
+def score(measure: str, as_json: bool, **given: Any) -> None:
+    """Measure the stance of each model by topic. With shift and coupling, and 95 % intervals over questions."""
+    from pnlac_fast import score as run
+    from pnlac_fast.stance import summary
+
+    records = summary(run(**_loaded(given)), measure=measure)
+    rows = [
+        {
+            "model": r["model"],
+            "tuned": r["tuned_topic"],
+            "topic": topic,
+            "stance": value,
+            "shift": r.get("shift", {}).get(topic),
+        }
+        for r in records
+        for topic, value in r["stance"].items()
+    ]
+    show({"models": records}, as_json, rows)
+    if not as_json:
+        figures = ("unlabelled", "coupling", "coupling_ratio", "reduction", "retention")
+        click.echo()
+        show(None, False, [{"model": r["model"], **{name: r.get(name) for name in figures}} for r in records])
+
+
+@commands.command(epilog="Example: pnlac-fast report run.zarr -o report")
+@click.argument("store")
+@option("-o", "--out", required=True, help="Directory for tables, figures and index.html.")
+@option("--title", help="Title of the page.")
+@as_json
+def report(store: str, out: str, title: str | None, as_json: bool) -> None:
+    """Make tables, figures and one HTML page from a store."""
+    from pnlac_fast import report as run
+
+    page = run(store, out, title=title)
+    show({"page": str(page)}, as_json, [{"page": page}])
+
+
+@commands.command(epilog="Example: pnlac-fast demo --size small --out demo")
+@option("--size", default="full", show_default=True, type=click.Choice(["small", "full"]))
+@option("--seed", default=0, show_default=True, help="Seed of the embedded model and of everything after.")
+@option("--out", default="pnlac-demo", show_default=True, help="Directory for the result; must not exist yet.")
+@option("--overwrite", is_flag=True, help="Replace an earlier demo in --out.")
+@option("--jobs", type=int, help="Processes for the fine-tunes. Default: one per core, four at most.")
+@as_json
+def demo(as_json: bool, **given: Any) -> None:
+    """Run the whole method on a small model made here. Spill-over, neurons, patching, InhibitFT; no download."""
+    from pnlac_fast import demo as run
+    from pnlac_fast.demonstration import tables
+
+    result = run(**given)
+    if as_json:
+        show(result, as_json)
+        return
+    for rows in tables(result):
+        show(result, False, rows)
+        click.echo()
+    click.echo(f"Result page: {result['page']}")
+
+
+@commands.command(epilog="Example: pnlac-fast env --model meta-llama/Llama-3.2-1B")
+@option("--model", help="Also check that this model's sites are found.")
+@as_json
+def env(model: str | None, as_json: bool) -> None:
+    """Show versions, devices and engines. An engine that is not available says why."""
+    from pnlac_fast import env as run
+
+    show_record(run(model), as_json)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 2 usage, 3 the user can mend it, 4 stopped but resumable."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        commands.main(args=arguments, prog_name="pnlac-fast", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        click.echo("Stopped: run the same command again.", err=True)
+        return 4
+    except Exception as error:
+        code = getattr(error, "exit_code", 3 if isinstance(error, OSError) else None)
+        if code is None:  # errors of this package carry one, those of files and disks say enough; this is a defect
+            raise
+        said = str(error)
+        if isinstance(error, OSError) and error.filename:
+            said = f"{error.strerror}: '{error.filename}': check the path and its permissions."
+        click.echo(f"Error: {said}", err=True)
+        return int(code)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,188 @@
+"""What the commands share: types of parameters, groups of options, and where their values may come from."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+Decorator = Callable[..., Any]
+
+
+class Names(click.ParamType):
+    """Names separated by commas; the option may also be repeated."""
+
+    name = "names"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, ...]:
+        return value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+class Share(click.ParamType):
+    """A share, "5%" or 0.05."""
+
+    name = "share"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            text = str(value).strip()
+            return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        except ValueError:
+            self.fail(f"'{value}' is not a share: write 5% or 0.05", param, ctx)
+
+
+class Option(click.Option):
+    """An option whose environment variable is called like its flag, and which may need another option.
+
+    Parameters
+    ----------
+    needs
+        (name, values) of the option without which this one has no effect; no values: it must be given.
+    """
+
+    def __init__(self, *args: Any, needs: tuple[str, tuple[str, ...]] | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.needs = needs
+        self.flag = max((flag for flag in self.opts if flag.startswith("--")), key=len)
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        """The value of ``PNLAC_<COMMAND>_<FLAG>``."""
+        name = f"{ctx.auto_envvar_prefix}_{self.flag.removeprefix('--')}"
+        return os.environ.get(name.replace("-", "_").upper()) or super().resolve_envvar_value(ctx)
+
+
+class Command(click.Command):
+    """A command that refuses options without effect."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it, unless an option was typed that needs another."""
+        given = {o.name: o for o in self.params if isinstance(o, Option)}
+        for option in given.values():
+            typed = ctx.get_parameter_source(option.name or "") is click.core.ParameterSource.COMMANDLINE
+            if not typed or option.needs is None:
+                continue
+            name, values = option.needs
+            value = ctx.params[name]
+            if not (set(values) & set([value] if isinstance(value, str) else value) if values else value):
+                wanted = " ".join([given[name].flag, " or ".join(values)]).rstrip()
+                raise click.UsageError(f"{option.flag} has no effect without {wanted}.", ctx)
+        return super().invoke(ctx)
+
+
+def option(*flags: str, **settings: Any) -> Decorator:
+    """As ``click.option``, made an :class:`Option`."""
+    return click.option(*flags, cls=Option, **settings)
+
+
+def names(flag: str, default: str | None, text: str, **settings: Any) -> Decorator:
+    """An option for several :class:`Names`; its value is a tuple of str."""
+    values = [default] if default else []
+    settings |= {"type": Names(), "multiple": True, "callback": _flat, "default": values, "show_default": bool(values)}
+    return option(flag, help=text, **settings)
+
+
+def together(*options: Decorator) -> Decorator:
+    """Several options as one decorator, in the order given."""
+
+    def decorate(function: Decorator) -> Decorator:
+        for each in reversed(options):
+            function = each(function)
+        return function
+
+    return decorate
+
+
+def named(_: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    """NAME=PATH, or a path whose last part is the name."""
+    pairs: dict[str, str] = {}
+    for value in values:
+        name, equals, path = value.partition("=")
+        if not equals or Path(value).exists():
+            name, path = Path(value).resolve().name, value
+        if name in pairs:
+            raise click.BadParameter(f"two values are called '{name}': write NAME=PATH", param=param)
+        pairs[name] = path
+    return pairs
+
+
+def roles(_: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    """ROLE=NAME of columns."""
+    pairs = dict(value.partition("=")[::2] for value in values)
+    if not all(pairs.values()) or len(pairs) < len(values):
+        raise click.BadParameter("write each as ROLE=NAME, such as instruction=question, and each role once")
+    return pairs
+
+
+def config(ctx: click.Context, param: click.Parameter, path: str | None) -> None:
+    """Defaults from a TOML file: a table per command. Environment variables and flags win over them."""
+    if not path:
+        return
+    try:
+        tables = tomllib.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"cannot read '{path}': {error}", param=param) from error
+    group = ctx.command
+    assert isinstance(group, click.Group)
+    for command, table in tables.items():
+        if command not in group.commands:
+            raise click.BadParameter(f"'{path}' has a table [{command}], but there is no such command", param=param)
+        if not isinstance(table, Mapping):
+            raise click.BadParameter(f"'{path}' sets {command} outside of a table: write [{command}]", param=param)
+    ctx.default_map = {name: _defaults(group.commands[name], table, path) for name, table in tables.items()}
+
+
+def _defaults(command: click.Command, table: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The table of one command, by the names of its parameters."""
+    known = {p.flag.removeprefix("--"): p for p in command.params if isinstance(p, Option)}
+    defaults: dict[str, Any] = {}
+    for key, value in table.items():
+        if (flag := key.replace("_", "-")) not in known:
+            raise click.BadParameter(
+                f"'{path}' sets {key} of {command.name}, which has no such option: {', '.join(known)}",
+                param_hint="--config",
+            )
+        if known[flag].multiple:
+            pairs = [f"{k}={v}" for k, v in value.items()] if isinstance(value, Mapping) else value
+            value = [pairs] if isinstance(pairs, str) else list(pairs)
+        defaults[known[flag].name or flag] = value
+    return defaults
+
+
+def _flat(_: click.Context, __: click.Parameter, values: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(name for group in values for name in group)
+
+
+as_json = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+model_options = together(
+    option("--model", required=True, help="Base model: hub id or directory."),
+    option("--revision", help="Revision of a hub model."),
+    option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16 or float64."),
+    option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+    option("--trust-remote-code", is_flag=True, help="Let code from the model repository run."),
+)
+_tuned: dict[str, Any] = {"multiple": True, "callback": named, "metavar": "[NAME=]PATH"}
+tuned_option = option(
+    "--tuned", required=True, help="Tuned model, an adapter or a full checkpoint. May be repeated.", **_tuned
+)
+tuned_too_option = option("--tuned", help="Tuned model that answers too. May be repeated.", **_tuned)
+questions_options = together(
+    option("--data", required=True, help="Folder in IdeoINST layout, or a .jsonl, .csv, .parquet or .json file."),
+    option("--limit", type=int, help="At most so many questions of each topic."),
+    option(
+        "--column",
+        "columns",
+        multiple=True,
+        callback=roles,
+        metavar="ROLE=NAME",
+        help="Column that holds topic, instruction, right or left, in every data file of the command.",
+    ),
+    option("--template", help="File with {instruction} and, where wanted, {topic}."),
+)
+data_options = together(questions_options, names("--topics", None, "Only these topics, separated by commas."))
+batch_option = option(
+    "--batch-tokens", default=4096, show_default=True, help="Padded tokens of one forward pass; less needs less memory."
+)

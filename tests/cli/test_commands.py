@@ -1,0 +1,380 @@
+"""The whole chain as it is typed: what is printed, what is written, and that both are the library's own."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pnlac_fast
+from pnlac_fast import store as stores
+from pnlac_fast.datasets import load_questions
+from pnlac_fast.localize import locate
+from pnlac_fast.models import load_model, load_tuned
+from pnlac_fast.neurons import load_sets
+from pnlac_fast.stance import margins, score, summary
+
+SMALL = ["--side", "right", "--steps", 2, "--batch-size", 4, "--warmup-steps", 0, "--learning-rate", 1e-2]
+
+
+def done(result: Any) -> Any:
+    """A command that worked and said nothing on stderr."""
+    assert (result.code, result.err) == (0, ""), result
+    return result
+
+
+def table(text: str) -> list[str]:
+    """The lines of a table, checked for what nobody wants to read."""
+    lines = text.rstrip("\n").split("\n")
+    assert all(line == line.rstrip() for line in lines)
+    assert not re.search(r"np\.|array\(|\{['\"]|\[\[|\bNone\b|\bnan\b|\d\.\d{8}", text), text
+    return lines
+
+
+def test_cache_writes_what_it_says(cli, world: Path, base, tuned, tmp_path: Path) -> None:
+    out = tmp_path / "s.zarr"
+    result = done(cli("cache", *base, *tuned, "--out", out, "--site", "mlp_mid,resid", "--raw", "last", "--json")).json
+    assert result["models"] == ["race", "science"]
+    assert result["questions"] == 21
+    held = done(cli("info", out, "--json")).json
+    assert held["complete"] is True
+    assert held["sites"] == ["mlp_mid", "resid"]
+    assert stores.open_activations(out, "race", "resid").sizes["token"] == 21
+    again = stores.open_contrast(out).sel(site="mlp_mid", tokens="last").isel(neuron=slice(0, 48))
+    first = stores.open_contrast(world / "run.zarr").sel(site="mlp_mid", tokens="last")
+    assert np.array_equal(again["rms"].values, first["rms"].values)
+
+
+def test_cache_equals_the_library_call(world: Path, tmp_path: Path) -> None:
+    tuned = {name: world / "tuned" / name for name in ("race", "science")}
+    pnlac_fast.cache(world / "base", tuned, world / "data", tmp_path / "s.zarr", tokens=("last", "prompt"))
+    mine, theirs = stores.open_contrast(tmp_path / "s.zarr"), stores.open_contrast(world / "run.zarr")
+    for name in mine.data_vars:
+        assert np.array_equal(mine[name].values, theirs[name].values, equal_nan=mine[name].dtype.kind == "f")
+
+
+def test_info_is_readable(cli, world: Path) -> None:
+    lines = table(done(cli("info", world / "run.zarr")).out)
+    fields = {line.split("  ")[0]: line for line in lines if not line.startswith(" ")}
+    assert fields["complete"].split() == ["complete", "yes"]
+    assert "kB" in fields["bytes"]
+    assert max(len(line) for line in lines if "command" not in line) < 140
+
+
+def test_locate_equals_the_library_call(cli, world: Path, tmp_path: Path) -> None:
+    options = ["--top", "0.3", "--score", "std_rms", "--specific", "paper", "--tokens", "prompt", "--per-layer"]
+    asked = ["locate", world / "run.zarr", *options, "--general-share", "10%", "-o", tmp_path / "n.json"]
+    result = done(cli(*asked, "--json")).json
+    found = locate(
+        world / "run.zarr",
+        top=0.3,
+        score="std_rms",
+        specific="paper",
+        tokens="prompt",
+        per_layer=True,
+        general_share=0.1,
+    )
+    sets = {(row["model"], row["set"]): row for row in result["sets"]}
+    for name, there in found.items():
+        assert sets[name, "general"]["neurons"] == len(there.general) == round(0.1 * 3 * 48)
+        assert sets[name, "specific/race"]["per_layer"] == there.specific["race"].per_layer
+        assert result["overlap"][name]["jaccard"] == there.overlap.tolist()
+    assert np.array_equal(load_sets(tmp_path / "n.json")["race/general"].member, found["race"].general.member)
+    done(cli("locate", world / "run.zarr", "--top", "40%"))  # what the other tests read in the store
+    lines = table(done(cli("locate", world / "run.zarr", "--top", "40%")).out)
+    assert lines[0].split() == ["model", "set", "neurons", "share", "chance", "per_layer"]
+    assert len(lines) == 1 + 2 * 4
+
+
+def test_patch_equals_the_library_call(cli, world: Path, base, tuned) -> None:
+    asked = ["patch", *base, *tuned, "--neurons", world / "neurons.json", "--store", world / "run.zarr", "--draws", 2]
+    kinds = ["--direction", "tuned_into_base,base_into_tuned", "--kind", "tuned,mean,scale", "--scale", "3"]
+    result = done(cli(*asked, *kinds, "--json")).json["recovered"]
+    assert len(result) == 2 * 3 * 4
+    row = {(r["direction"], r["kind"], r["neurons"]): r for r in result}["tuned_into_base", "tuned", "general"]
+    stored = stores.open_result(world / "run.zarr", "patching")
+    moved = np.zeros(2)
+    for topic in ("race", "science"):
+        own = stored.where((stored["tuned_topic"] == topic) & (stored["direction"] == "tuned_into_base"), drop=True)
+        own = own.isel(question=(own["topic"] == topic).values)
+        mean = {
+            (str(n), str(k)): float(m.mean())
+            for n, k, m in zip(own["neurons"].values, own["kind"].values, own["margin"].values, strict=True)
+        }
+        none, tuned_there = mean["none", ""], mean["tuned", ""]
+        side = np.sign(tuned_there - none)
+        moved += side * np.array([mean["general", "tuned"] - none, tuned_there - none])
+    assert row["on_topic"][0] == pytest.approx(moved[0] / moved[1])
+    lines = table(done(cli(*asked, "--limit", 3, "--max-new-tokens", 2, "--training-data", world / "data")).out)
+    assert lines[0].split()[:3] == ["direction", "kind", "neurons"]
+    assert len(lines) == 1 + 4
+
+
+def test_score_equals_the_library_call(cli, world: Path, base, tuned) -> None:
+    result = done(cli("score", *base, *tuned, "--store", world / "run.zarr", "--normalise", "sum", "--json")).json
+    paths = {name: world / "tuned" / name for name in ("race", "science")}
+    expected = summary(score(world / "base", paths, world / "data", normalise="sum"))
+    assert result["models"] == json.loads(json.dumps(expected))
+    stored = stores.open_result(world / "run.zarr", "stance")
+    assert np.array_equal(
+        stored["margin"][0], margins(load_model(world / "base"), load_questions(world / "data"), normalise="sum")
+    )
+    shares = done(cli("score", *base, *tuned, "--measure", "S", "--json")).json["models"][0]["stance"]
+    assert all(-1 <= value <= 1 and round(value * 7) == pytest.approx(value * 7) for value, _, _ in shares.values())
+    first, second = done(cli("score", *base, *tuned)).out.split("\n\n")
+    assert table(first)[0].split() == ["model", "tuned", "topic", "stance", "shift"]
+    assert len(table(second)) == 1 + 3
+
+
+def test_score_by_the_classifier(cli, world: Path, base, tuned, questions, tmp_path: Path) -> None:
+    rows = [
+        {"topic": q.topic, "instruction": f"other {q.instruction}", "right": q.right, "left": q.left} for q in questions
+    ]
+    other = tmp_path / "labelled.jsonl"
+    other.write_text("\n".join(json.dumps(row) for row in rows))
+    asked = ["score", *base, *tuned, "--scorer", "classifier", "--training-data", other, "--max-new-tokens", 3]
+    done(cli(*asked, "--temperature", 0.7, "--seed", 3, "--store", world / "run.zarr"))
+    stored = stores.open_result(world / "run.zarr", "stance_classifier")
+    assert stored["label"].shape == (3, 21)
+    assert set(np.unique(stored["label"])) <= {-1, 0, 1}
+    models = done(cli(*asked, "--json")).json["models"]
+    assert [m["model"] for m in models] == ["base", "race", "science"]
+
+
+def test_generate_writes_the_answers_it_prints(cli, base, tuned, tmp_path: Path) -> None:
+    out = tmp_path / "answers.jsonl"
+    asked = ["generate", *base, *tuned, "--limit", 2, "--max-new-tokens", 3]
+    records = done(cli(*asked, "--out", out, "--json")).json
+    assert [json.loads(line) for line in out.read_text().splitlines()] == records
+    assert len(records) == 3 * 3 * 2
+    assert {r["model"] for r in records} == {"base", "race", "science"}
+    hot = [done(cli(*asked, "--temperature", 5, "--seed", seed, "--json")).json for seed in (1, 1, 2)]
+    assert hot[0] == hot[1] != hot[2]
+    assert table(done(cli(*asked)).out)[0].split() == ["model", "topic", "instruction", "answer"]
+
+
+def test_report_and_env(cli, world: Path, base, tuned, tmp_path: Path) -> None:
+    done(cli("score", *base, *tuned, "--store", world / "run.zarr"))
+    page = Path(done(cli("report", world / "run.zarr", "-o", tmp_path / "r", "--title", "Mine", "--json")).json["page"])
+    assert page == tmp_path / "r" / "index.html"
+    assert "<title>Mine" in page.read_text()
+    found = done(cli("env", "--model", world / "base", "--json")).json
+    assert found["model"]["widths"] == {"mlp_mid": 48, "mlp_out": 32, "resid": 32}
+    lines = table(done(cli("env", "--model", world / "base")).out)
+    assert any("mlp_mid 48" in line for line in lines)
+    assert any(line.split()[:2] == ["engines", "torch"] for line in lines)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("mode", ["freeze", "specific"])
+def test_finetune_inhibits(cli, world: Path, base, tmp_path: Path, method: str, mode: str) -> None:
+    asked = ["finetune", *base, "--topic", "race", "--out", tmp_path / "t", *SMALL, "--method", method]
+    record = done(cli(*asked, "--inhibit", world / "neurons.json", "--inhibit-mode", mode, "--json")).json
+    name = "race/general" if mode == "freeze" else "race/specific/race"
+    assert record["inhibit"]["set"] == name
+    assert record["method"] == mode
+    assert record["out"] == str(tmp_path / "t")
+    member = torch.from_numpy(load_sets(world / "neurons.json")[name].member)
+    still = member if mode == "freeze" else ~member
+    before = load_model(world / "base")
+    after = load_tuned(before, tmp_path / "t")
+    for layer in range(3):
+        for part, dim in (("gate_proj", 0), ("down_proj", 1)):
+            if method == "full":
+                moved = after.projection(layer, part).weight != before.projection(layer, part).weight
+            else:
+                lora = after.projection(layer, part)
+                moved = lora.lora_B["t"].weight @ lora.lora_A["t"].weight != 0
+            assert not moved.index_select(dim, still[layer].nonzero()[:, 0]).any()
+            assert moved.any() or not (~still[layer]).any()
+
+
+def test_finetune_takes_a_set_by_name(cli, world: Path, base, tmp_path: Path) -> None:
+    asked = ["finetune", *base, "--topic", "science", "--out", tmp_path / "t", *SMALL]
+    record = done(cli(*asked, "--inhibit", world / "neurons.json", "--set", "race/top/economy", "--json")).json
+    assert record["inhibit"]["set"] == "race/top/economy"
+    lines = table(done(cli(*asked, "--overwrite")).out)
+    assert next(line for line in lines if line.startswith("loss")).split()[1] == "1:"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--accumulation", 2], {"accumulation": 2}),
+        (["--max-grad-norm", 1e-6], {"max_grad_norm": 1e-6}),
+        (["--weight-decay", 0.5], {"weight_decay": 0.5}),
+        (["--warmup-steps", 1], {"warmup_steps": 1}),
+        (["--seed", 4], {"seed": 4}),
+        (["--target-modules", "q_proj,up_proj"], {"lora.target_modules": ["q_proj", "up_proj"]}),
+        (["--lora-rank", 2, "--lora-alpha", 8], {"lora.r": 2, "lora.lora_alpha": 8}),
+        (["--lora-dropout", 0.5], {"lora.lora_dropout": 0.5}),
+        (["--limit", 2], {"data.questions": 2, "data.completions": 4}),
+    ],
+)
+def test_finetune_options_change_the_weights(cli, base, tmp_path: Path, options: list, expected: dict) -> None:
+    """Every option is in the record, and the weights are not those of a run without it."""
+    asked = ["finetune", *base, "--topic", "race", *SMALL]
+    record = done(cli(*asked, *options, "--out", tmp_path / "with", "--json")).json
+    for path, value in expected.items():
+        found: Any = record
+        for key in path.split("."):
+            found = found[key]
+        assert found == value
+    done(cli(*asked, "--out", tmp_path / "without"))
+    with_it, without = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("with", "without"))
+    if "accumulation" in expected:  # the same step in two parts: the same up to rounding
+        assert all(torch.allclose(with_it[name], without[name], atol=1e-4) for name in without)
+    else:
+        same = with_it.keys() == without.keys() and all(
+            with_it[n].shape == without[n].shape and torch.equal(with_it[n], without[n]) for n in without
+        )
+        assert not same
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(cli, base, tmp_path: Path, monkeypatch) -> None:
+    from pnlac_fast.training import _Run
+
+    asked, recomputed = ["finetune", *base, "--topic", "race", *SMALL], []
+    real = _Run.checkpoint_activations
+    monkeypatch.setattr(_Run, "checkpoint_activations", lambda self: (recomputed.append(1), real(self)))
+    done(cli(*asked, "--out", tmp_path / "with", "--gradient-checkpointing"))
+    assert recomputed == [1]
+    done(cli(*asked, "--out", tmp_path / "without"))
+    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("with", "without"))
+    assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in b)
+
+
+def test_finetune_measures_along_the_way(cli, base, world: Path, questions, tmp_path: Path) -> None:
+    from pnlac_fast.trajectory import load_trajectory
+
+    probe = tmp_path / "probe.jsonl"
+    rows = [{"t": q.topic, "q": f"law {q.instruction}", "r": q.right, "l": q.left} for q in questions[::5]]
+    probe.write_text("\n".join(json.dumps(row) for row in rows))
+    columns = [x for pair in ("topic=t", "instruction=q", "right=r", "left=l") for x in ("--column", pair)]
+    asked = ["finetune", *base, "--topic", "race", *SMALL, "--steps", 6, "--out", tmp_path / "t", *columns]
+    record = done(cli(*asked, "--probe", probe, "--points", 3, "--normalise", "sum", "--save-steps", 3, "--json")).json
+    assert record["probe"]["normalise"] == "sum"
+    found = load_trajectory(tmp_path / "t" / "trajectory.json")
+    assert found["step"].values.tolist() == [0, 2, 6]
+    held_out = load_questions(probe, columns={"topic": "t", "instruction": "q", "right": "r", "left": "l"})
+    assert np.allclose(found["margin"][0], margins(load_model(world / "base"), held_out, normalise="sum"))
+
+
+def test_a_full_finetune_needs_no_second_copy(cli, base, tmp_path: Path, monkeypatch) -> None:
+    from pnlac_fast import training
+
+    def no_copy(*_: object, **__: object) -> None:
+        raise AssertionError("the model was copied")
+
+    monkeypatch.setattr(training, "_copy", no_copy)
+    done(cli("finetune", *base, "--topic", "race", *SMALL, "--method", "full", "--out", tmp_path / "t"))
+
+
+def test_topics_limit_column_and_template_have_effect(cli, world: Path, base, tuned, tmp_path: Path) -> None:
+    read = lambda *options: done(cli("cache", *base, *tuned, "--out", tmp_path / "no", "--dry-run", "--json", *options))  # noqa: E731
+    everything = read().json
+    assert read("--topics", "science,economy").json["questions"] == 14
+    assert read("--topics", "science", "--topics", "economy").json["questions"] == 14
+    assert read("--limit", 3).json["questions"] == 9
+    template = tmp_path / "template.txt"
+    template.write_text("Q : {instruction} A :")
+    assert read("--template", template).json["tokens"] == everything["tokens"] + 21 * 4
+    assert read("--tokens", "all", "--side", "right").json["tokens"] > everything["tokens"]
+    assert not (tmp_path / "no").exists()
+    file = tmp_path / "q.csv"
+    file.write_text("subject,text\nrace,good law ?\nrace,bad law ?\n")
+    model = ["--model", world / "base", "--data", file, "--max-new-tokens", 1, "--json"]
+    found = done(cli("generate", *model, "--column", "topic=subject", "--column", "instruction=text")).json
+    assert [r["instruction"] for r in found] == ["good law ?", "bad law ?"]
+
+
+@pytest.mark.parametrize(("count", "more"), [([], 0), (["--count-template"], 4)])
+def test_template_tokens_count_where_asked(cli, base, tuned, tmp_path: Path, count: list, more: int) -> None:
+    template = tmp_path / "template.txt"
+    template.write_text("Q : {instruction} A :")
+    asked = ["cache", *base, *tuned, "--out", tmp_path / "s.zarr", "--tokens", "prompt", "--template", template]
+    done(cli(*asked, *count))
+    n = stores.open_contrast(tmp_path / "s.zarr")["n"].sel(tokens="prompt", topic="race")
+    words = sum(len(q.instruction.split()) for q in load_questions(base[3], topics=["race"]))
+    assert int(n) == words + 7 * more
+
+
+def test_config_then_environment_then_flag(cli, base, tuned, tmp_path: Path, monkeypatch) -> None:
+    config = tmp_path / "pnlac.toml"
+    text = f"""
+        [cache]
+        model = "{base[1]}"
+        data = "{base[3]}"
+        limit = 2
+        tokens = ["last", "prompt"]
+        topics = "race,science"
+        tuned = {{ race = "{tuned[1]}" }}
+        out = "{tmp_path / "no"}"
+        dry-run = true
+        batch-tokens = 64
+        json = true
+    """
+    config.write_text(text)
+    assert done(cli("--config", config, "cache")).json["questions"] == 4
+    monkeypatch.setenv("PNLAC_CACHE_LIMIT", "3")
+    assert done(cli("--config", config, "cache")).json["questions"] == 6
+    assert done(cli("--config", config, "cache", "--limit", 1)).json["questions"] == 2
+    monkeypatch.setenv("PNLAC_CONFIG", str(config))
+    monkeypatch.setenv("PNLAC_CACHE_TUNED", f"one={tuned[1]} two={tuned[1]}")
+    monkeypatch.setenv("PNLAC_CACHE_TOPICS", "economy")
+    assert done(cli("cache")).json == {**done(cli("cache")).json, "models": ["one", "two"], "questions": 3}
+    assert not (tmp_path / "no").exists()
+    for bad, said in (
+        ("[cache]\nlimt = 3", "limt of cache, which has no such option"),
+        ("[cash]", "no such command"),
+        ("limit = 3", "no such command"),
+        ("cache = 3", "write [cache]"),
+        ("[cache", "cannot read"),
+    ):
+        config.write_text(bad)
+        result = cli("--config", config, "cache")
+        assert (result.code, result.out) == (2, "")
+        assert said in " ".join(result.err.split())
+
+
+def test_environment_variables_are_called_like_flags(cli, world: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PNLAC_INFO_JSON", "1")
+    assert done(cli("info", world / "run.zarr")).json["complete"] is True
+
+
+def test_paths_get_their_names(cli, base, world: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(world / "tuned")
+    asked = ["generate", *base, "--limit", 1, "--max-new-tokens", 1, "--json"]
+    models = lambda *tuned: list(dict.fromkeys(r["model"] for r in done(cli(*asked, *tuned)).json))  # noqa: E731
+    assert models("--tuned", "race/", "--tuned", "s=science") == ["base", "race", "s"]
+    (tmp_path / "lr=1e-2").symlink_to(world / "tuned" / "race")
+    assert models("--tuned", tmp_path / "lr=1e-2", "--tuned", f"b={tmp_path / 'lr=1e-2'}")[1:] == ["race", "b"]
+
+
+def test_demo_prints_its_table(cli, tmp_path: Path, monkeypatch) -> None:
+    import pnlac_fast.demonstration as demonstration
+
+    given: dict[str, Any] = {}
+    result = {
+        "profile_effect": 1.2,
+        "coupling_ratio": 0.81,
+        "shift": {"race": {"race": 1.0, "economy": 0.8}, "economy": {"race": 0.7, "economy": 1.1}},
+        "patching": {"general": {"on": 0.5, "off": 0.51}},
+        "inhibit": {
+            "freeze_5": {"reduction_equal_steps": 0.25, "reduction_equal_shift": float("nan"), "retention": 1.0}
+        },
+        "page": str(tmp_path / "index.html"),
+    }
+    monkeypatch.setattr(demonstration, "demo", lambda **options: given.update(options) or result)
+    asked = ["demo", "--size", "small", "--seed", 3, "--out", tmp_path / "d", "--jobs", 1, "--overwrite"]
+    assert done(cli(*asked, "--json")).json["inhibit"]["freeze_5"]["reduction_equal_shift"] is None
+    assert given == {"size": "small", "seed": 3, "out": str(tmp_path / "d"), "jobs": 1, "overwrite": True}
+    text = done(cli(*asked)).out
+    assert re.search("freeze[_ ]5", text)
+    assert text.rstrip().endswith(f"Result page: {tmp_path / 'index.html'}")

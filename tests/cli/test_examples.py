@@ -1,0 +1,80 @@
+"""Every example runs as its header says, on small models."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from pnlac_fast.datasets import Question, save_questions
+from pnlac_fast.models import load_model, load_tuned
+from pnlac_fast.neurons import load_sets
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_every_example_is_tested_here_and_says_how_to_run_it() -> None:
+    here = Path(__file__).read_text()
+    for script in sorted(EXAMPLES.glob("*.py")):
+        assert f'"{script.name}"' in here
+        assert f"python examples/{script.name} " in script.read_text().split('"""')[1]
+
+
+def test_quickstart(world: Path, questions, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held_out = [Question(q.topic, f"law {q.instruction}", q.right, q.left) for q in questions[::2]]
+    save_questions(held_out, tmp_path / "probe", "eval")
+    main = runpy.run_path(str(EXAMPLES / "quickstart.py"))["main"]
+    given = ["--model", world / "base", "--data", world / "data", "--probe", tmp_path / "probe"]
+    page = main([str(a) for a in [*given, "--out", tmp_path / "q", "--steps", 3]])
+    printed = capsys.readouterr().out
+    assert page == tmp_path / "q" / "report" / "index.html"
+    assert "general neurons" in printed
+    assert "coupling reduced by" in printed
+
+
+def test_query(cli, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli("locate", world / "run.zarr", "--top", "40%")
+    runpy.run_path(str(EXAMPLES / "query.py"))["main"]([str(world / "run.zarr"), "--neurons", "3"])
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
+    rms = xr.open_zarr(world / "run.zarr", group="contrast")["rms"].sel(model="race", tokens="last", site="mlp_mid")
+    mean = rms.mean("topic").values
+    layer, neuron = np.unravel_index(np.nanargmax(mean), mean.shape)
+    first = next(line for line in lines if line.startswith("  layer")).split()
+    assert first[:4] == ["layer", str(layer), "neuron", str(neuron)]
+    assert float(first[5]) == pytest.approx(mean.max(), rel=1e-3)
+    member = load_sets(world / "neurons.json")["race/general"].member
+    share = (mean**2)[member].sum() / (mean**2).sum()
+    said = next(line for line in lines if "race/general " in line)
+    assert f"{share:.1%} of the change in  {member.mean():.1%}" in said
+
+
+def test_query_needs_no_torch() -> None:
+    script = (
+        "import runpy, sys; runpy.run_path(sys.argv[1]); print('torch' in sys.modules, 'pnlac_fast' in sys.modules)"
+    )
+    command = [sys.executable, "-c", script, str(EXAMPLES / "query.py")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["False", "False"]
+
+
+def test_your_trainer(world: Path, questions, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "train.txt").write_text("\n".join(f"{q.instruction} {q.right[0]}" for q in questions))
+    main = runpy.run_path(str(EXAMPLES / "your_trainer.py"))["main"]
+    given = ["--model", world / "base", "--neurons", world / "neurons.json", "--set", "race/general"]
+    given += ["--text", tmp_path / "train.txt", "--out", tmp_path / "tuned", "--steps", 3]
+    inhibit = main([str(a) for a in given])
+    assert inhibit.steps == 3
+    assert "3 steps; still:" in capsys.readouterr().out
+    base = load_model(world / "base")
+    tuned = load_tuned(base, tmp_path / "tuned")
+    for layer, member in enumerate(load_sets(world / "neurons.json")["race/general"].member):
+        lora = tuned.projection(layer, "up_proj")
+        delta = lora.lora_B["tuned"].weight @ lora.lora_A["tuned"].weight
+        assert not delta[torch.from_numpy(member)].any()
+        assert delta[torch.from_numpy(~member)].any()
