@@ -90,11 +90,6 @@ def test_missing_options_and_commands(cli) -> None:
         (["locate", "run.zarr", "--site", "resid"], MEND, ["no site 'resid'", "Known: mlp_mid"]),
         (["locate", "run.zarr", "--tokens", "all"], MEND, ["no tokens 'all'", "Known: last, prompt"]),
         (["locate", "run.zarr", "--specific", "strct"], MEND, ["Did you mean 'strict'"]),
-        (
-            ["locate", "run.zarr", "--top", "40%", "-o", "no/such/folder/n.json"],
-            MEND,
-            ["No such file", "check the path"],
-        ),
         (["locate", "data"], MEND, ["store"]),
         (["info", "nowhere.zarr"], MEND, ["nowhere.zarr"]),
         (["info", "data"], MEND, ["data", "store"]),

@@ -137,7 +137,8 @@ def test_random_sets_differ_and_are_uniform() -> None:
 
 def test_file_round_trip(tmp_path: Path) -> None:
     found = find(contrast(np.random.default_rng(0).random((3, 4, 25))), "m", base={"sha256": "abc"})
-    save_sets(found.sets, tmp_path / "n.json")
+    save_sets(found.sets, tmp_path / "new" / "n.json")
+    (tmp_path / "new" / "n.json").rename(tmp_path / "n.json")
     read = load_sets(tmp_path / "n.json")
     assert list(read) == [s.name for s in found.sets]
     for s in found.sets:
