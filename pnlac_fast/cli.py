@@ -199,6 +199,7 @@ def patch(direction: tuple[str, ...], kind: tuple[str, ...], as_json: bool, **gi
 @names("--target-modules", "all-linear", "Modules that get a LoRA.", needs=("method", ("lora",)))
 @option("--inhibit", help="Neuron file from pnlac-fast locate: tune by InhibitFT.")
 @option("--set", "set_name", needs=("inhibit", ()), help="Which set. Default: general, or the topic's specific one.")
+@option("--control", type=int, needs=("inhibit", ()), help="Seed: inhibit random neurons instead, as many per layer.")
 @option(
     "--inhibit-mode",
     default="freeze",
@@ -214,15 +215,16 @@ def patch(direction: tuple[str, ...], kind: tuple[str, ...], as_json: bool, **gi
 @option("--save-steps", type=int, help="Keep a checkpoint every so many steps, from which the same command resumes.")
 @option("--overwrite", is_flag=True, help="Replace the output directory.")
 @as_json
-def finetune(inhibit: str | None, set_name: str | None, as_json: bool, **given: Any) -> None:
+def finetune(inhibit: str | None, set_name: str | None, control: int | None, as_json: bool, **given: Any) -> None:
     """Tune a model on one topic and side. Plainly, or by InhibitFT, which freezes or trains only chosen neurons."""
     from pnlac_fast import finetune as run
     from pnlac_fast.neurons import for_training
 
-    neurons = for_training(inhibit, given["inhibit_mode"], given["topic"], name=set_name) if inhibit else None
+    mode, topic = given["inhibit_mode"], given["topic"]
+    neurons = for_training(inhibit, mode, topic, name=set_name, control=control) if inhibit else None
     targets = given.pop("target_modules")
     given["target_modules"] = targets[0] if targets == ("all-linear",) else targets
-    tuned = run(inhibit=neurons, keep_base=False, **_loaded({**given, "topics": (given["topic"],)}))
+    tuned = run(inhibit=neurons, keep_base=False, **_loaded({**given, "topics": (topic,)}))
     show_record({"out": str(tuned.path), **tuned.record}, as_json, leave_out=["provenance"])
 
 
@@ -295,12 +297,13 @@ def score(measure: str, as_json: bool, **given: Any) -> None:
 @click.argument("store")
 @option("-o", "--out", required=True, help="Directory for tables, figures and index.html.")
 @option("--title", help="Title of the page.")
+@option("--run", "runs", multiple=True, help="Fine-tune made with --probe, to compare with others. May be repeated.")
 @as_json
-def report(store: str, out: str, title: str | None, as_json: bool) -> None:
+def report(store: str, out: str, title: str | None, runs: tuple[str, ...], as_json: bool) -> None:
     """Make tables, figures and one HTML page from a store."""
     from pnlac_fast import report as run
 
-    page = run(store, out, title=title)
+    page = run(store, out, title=title, runs=runs)
     show({"page": str(page)}, as_json, [{"page": page}])
 
 

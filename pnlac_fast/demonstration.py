@@ -22,6 +22,7 @@ from tqdm import tqdm
 from pnlac_fast import store as stores
 from pnlac_fast import testbed
 from pnlac_fast.caching import cache
+from pnlac_fast.comparison import as_run, join
 from pnlac_fast.datasets import load_questions
 from pnlac_fast.errors import UserError
 from pnlac_fast.localize import find, locate
@@ -48,12 +49,10 @@ BOOTS = 2000
 
 @dataclass(frozen=True)
 class Job:
-    """One fine-tune of the demo; ``draw`` is -1 where no random neurons are inhibited."""
+    """One fine-tune of the demo, plain where there are no neurons."""
 
     bed: testbed.Testbed
     topic: str
-    method: str
-    draw: int = -1
     neurons: NeuronSet | None = None
     mode: str = "freeze"
     out: Path | None = None
@@ -116,7 +115,7 @@ def demo(
                 bar.update()
                 yield row
 
-        runs = list(run([Job(bed, topic, "plain", out=out / "tuned" / topic) for topic in topics]))
+        runs = list(run([Job(bed, topic, out=out / "tuned" / topic) for topic in topics]))
         base = load_model(bed.model, name="testbed", dtype="float32", device="cpu")
         tuned = {topic: load_tuned(base, out / "tuned" / topic) for topic in topics}
         store = out / "store.zarr"
@@ -130,7 +129,7 @@ def demo(
         patching = patch(base, tuned, out / "neurons.json", held_out, directions=both, **options)
         stance = score(base, tuned, held_out, store=store, normalise="sum")
         score(base, tuned, held_out, store=store, scorer="classifier", training_data=train, max_new_tokens=24)
-        training = _training([*runs, *inhibited])
+        training = join([*runs, *inhibited])
     stores.write_result(store, "training", training)
     page = report(store, out / "report", title=f"pnlac-fast demo, {size} testbed, seed {seed}")
 
@@ -177,16 +176,7 @@ def tune(job: Job) -> xr.Dataset:
         **(ONLY_SPECIFIC if job.mode == "specific" else PLAIN),
     )
     assert run.trajectory is not None  # probe questions were given
-    values: dict[str, Any] = {
-        "method": np.array([job.method], dtype=object),
-        "tuned_topic": np.array([job.topic], dtype=object),
-        "draw": [job.draw],
-        "count": [len(job.neurons) if job.neurons else 0],
-        "share": [job.neurons.share if job.neurons else 0.0],
-        "learning_rate": [run.record["learning_rate"]],
-        "seed": [run.record["seed"]],
-    }
-    return run.trajectory.expand_dims("run").assign_coords({name: ("run", value) for name, value in values.items()})
+    return as_run(run.trajectory, run.record)
 
 
 def tables(result: dict[str, Any]) -> list[list[dict[str, str]]]:
@@ -225,24 +215,12 @@ def tables(result: dict[str, Any]) -> list[list[dict[str, str]]]:
 def _inhibited(bed: testbed.Testbed, contrast: xr.Dataset, topic: str, base: Model, seed: int) -> Iterator[Job]:
     """Every inhibited fine-tune on one topic, each followed by its random controls."""
     where: dict[str, Any] = {"site": "mlp_mid", "tokens": "last", "base": base.origin}
-    sets = [
-        ("freeze", share, find(contrast, topic, top=PATCH_TOP, general_share=share, **where).general)
-        for share in FREEZE
-    ]
-    sets += [("specific", top, find(contrast, topic, top=top, **where).specific[topic]) for top in SPECIFIC_TOP]
-    for mode, share, neurons in sets:
-        yield Job(bed, topic, f"{mode}_{share * 100:.0f}", -1, neurons, mode)
+    sets = [("freeze", find(contrast, topic, top=PATCH_TOP, general_share=share, **where).general) for share in FREEZE]
+    sets += [("specific", find(contrast, topic, top=top, **where).specific[topic]) for top in SPECIFIC_TOP]
+    for mode, neurons in sets:
+        yield Job(bed, topic, neurons, mode)
         for draw in range(DRAWS[bed.size]):
-            control = random_like(neurons, seed + draw, exclude=neurons.member)
-            yield Job(bed, topic, f"{mode}_random_{share * 100:.0f}", draw, control, mode)
-
-
-def _training(runs: Sequence[xr.Dataset]) -> xr.Dataset:
-    """Trajectories of all runs as one result, (run, point, question); shorter runs end in step -1 and NaN."""
-    points = max(run.sizes["point"] for run in runs)
-    padded = [run.pad(point=(0, points - run.sizes["point"]), constant_values={"step": -1}) for run in runs]
-    joined = xr.concat(padded, "run", data_vars="all", coords="minimal", compat="override", join="exact")
-    return joined.assign(step=joined["step"].astype("i8"))
+            yield Job(bed, topic, random_like(neurons, seed + draw, exclude=neurons.member), mode)
 
 
 def _empty(out: Path, overwrite: bool) -> Path:

@@ -206,19 +206,24 @@ def choose(sets: Mapping[str, NeuronSet], kind: str, *, model: str = "", topic: 
     return fitting[0]
 
 
-def for_training(path: str | Path, mode: str, topic: str, *, name: str | None = None) -> NeuronSet:
+def for_training(
+    path: str | Path, mode: str, topic: str, *, name: str | None = None, control: int | None = None
+) -> NeuronSet:
     """The set of a neuron file that a fine-tune on ``topic`` inhibits.
 
     ``name`` where it is given; else the general set for ``mode`` "freeze" and the topic's specific set for "specific",
-    of the model tuned on that topic where the file has several models.
+    of the model tuned on that topic where the file has several models. With ``control``, a seed: random neurons in its
+    place, as many in every layer and none of its own.
     """
     sets = load_sets(path)
+    models = {s.model for s in sets.values()}
+    model = topic if len(models) > 1 and topic in models else ""
     if name is not None:
         if name not in sets:
             raise unknown("neuron set", name, sets)
-        return sets[name]
-    models = {s.model for s in sets.values()}
-    model = topic if len(models) > 1 and topic in models else ""
-    return (
-        choose(sets, "general", model=model) if mode == "freeze" else choose(sets, "specific", model=model, topic=topic)
-    )
+        chosen = sets[name]
+    elif mode == "freeze":
+        chosen = choose(sets, "general", model=model)
+    else:
+        chosen = choose(sets, "specific", model=model, topic=topic)
+    return chosen if control is None else random_like(chosen, control, exclude=chosen.member)

@@ -53,9 +53,9 @@ def methods(contents: Contents, boots: int, seed: int) -> Section:
     training = contents.results.get("training")
     rows, paths = tables.method_rows(training, boots, seed) if training is not None else ([], [])
     if training is None:
-        return absent(key, title, "pnlac-fast finetune --inhibit")
+        return absent(key, title, "pnlac-fast report --run")
     if not rows:  # nothing to compare with
-        return absent(key, title, "pnlac-fast finetune (without --inhibit)")
+        return absent(key, title, "pnlac-fast report --run PLAIN")
     unit = unit_of(training)
     sentences = wording.method_sentences(rows)
     goal = style.percent(tables.EQUAL_SHIFT)

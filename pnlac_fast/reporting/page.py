@@ -16,6 +16,7 @@ from pnlac_fast.reporting import intervention, observation, style, wording
 from pnlac_fast.reporting.contents import Contents, read_contents
 from pnlac_fast.reporting.rows import to_csv
 from pnlac_fast.reporting.sections import Section
+from pnlac_fast.store import write_result
 
 PAPERS = (
     ("Understanding and Mitigating Political Stance Cross-topic Generalization in Large Language Models", "2508.02360"),
@@ -26,7 +27,15 @@ PAPERS = (
 ARROW = " \u203a "
 
 
-def report(store: str | Path, out: str | Path, *, title: str | None = None, boots: int = 2000, seed: int = 0) -> Path:
+def report(
+    store: str | Path,
+    out: str | Path,
+    *,
+    title: str | None = None,
+    runs: Sequence[str | Path] = (),
+    boots: int = 2000,
+    seed: int = 0,
+) -> Path:
     """Write what a store holds as tables (CSV), figures (PNG) and one self-contained HTML page.
 
     Parameters
@@ -39,6 +48,9 @@ def report(store: str | Path, out: str | Path, *, title: str | None = None, boot
         needed. Files of an earlier report with the same names are replaced.
     title
         Heading of the page.
+    runs
+        Directories of fine-tunes to compare at equal steps and at equal on-topic shift, made with ``--probe``. They are
+        written into the store first, as ``/results/training``.
     boots, seed
         Number of bootstrap resamples over questions for the 95 % intervals, and their seed. The same store and seed
         give the same files.
@@ -53,6 +65,10 @@ def report(store: str | Path, out: str | Path, *, title: str | None = None, boot
     UserError
         There is nothing to report, or a result cannot be read as what its name says.
     """
+    if runs:
+        from pnlac_fast.comparison import collect
+
+        write_result(store, "training", collect(runs))
     return write_report(read_contents(store), out, title=title, boots=boots, seed=seed)
 
 

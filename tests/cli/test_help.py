@@ -28,7 +28,7 @@ LOADING = {
 RENAMED = {
     "cache": {"site": "sites"},
     "patch": {"direction": "directions", "kind": "kinds"},
-    "finetune": {"set_name": "inhibit"},
+    "finetune": {"set_name": "inhibit", "control": "inhibit"},
 }
 PRINTED = {"score": {"measure"}}
 

@@ -33,11 +33,14 @@ def workplace(
 def test_the_commands_run_in_their_order(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = [b for b in blocks("") if "pnlac-fast finetune" in b]
     lines = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
-    assert len(lines) == 8
+    assert len(lines) == 9
     for program, *arguments in lines:
         assert program == "pnlac-fast"
         assert main(arguments) == 0, capsys.readouterr().err
-    assert (workplace / "report" / "index.html").is_file()
+    page = (workplace / "report" / "index.html").read_text()
+    assert "report --run" not in page  # the section is there, not the line that says how to get it
+    methods = {row.split(",")[0] for row in (workplace / "report/tables/methods.csv").read_text().splitlines()[1:]}
+    assert methods == {"plain", "specific_30", "specific_random_30"}
 
 
 def test_the_python_blocks_run_in_their_order(workplace: Path) -> None:

@@ -380,7 +380,7 @@ SECTIONS = {
     "stance": ("shift", "pnlac-fast score"),
     "stance_classifier": ("scorers", "pnlac-fast score --scorer classifier"),
     "patching": ("patching", "pnlac-fast patch"),
-    "training": ("methods", "pnlac-fast finetune"),
+    "training": ("methods", "pnlac-fast report --run"),
 }
 
 

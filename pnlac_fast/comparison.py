@@ -1,0 +1,101 @@
+"""Fine-tunes side by side: the trajectories of several runs as one result, from which methods are compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from pnlac_fast.errors import UserError
+from pnlac_fast.models import FINETUNE_FILE
+from pnlac_fast.trajectory import TRAJECTORY_FILE, load_trajectory
+
+
+def as_run(trajectory: xr.Dataset, record: Mapping[str, Any]) -> xr.Dataset:
+    """A trajectory (point, question) as a result of one run, (run, point, question).
+
+    Parameters
+    ----------
+    trajectory, record
+        Of a :class:`pnlac_fast.training.FineTune`.
+
+    Returns
+    -------
+    xarray.Dataset
+        ``margin`` and ``step``, with coordinates ``method`` (see :func:`method_name`), ``tuned_topic``, ``draw`` (seed
+        of random neurons, else -1), ``count`` and ``share`` (of all neurons), ``learning_rate`` and ``seed`` on run.
+    """
+    inhibit = record["inhibit"] or {"count": 0, "share": 0.0, "kind": "", "found": {}}
+    values: dict[str, Any] = {
+        "method": np.array([method_name(record)], dtype=object),
+        "tuned_topic": np.array([record["tuned_topic"]], dtype=object),
+        "draw": [inhibit["found"].get("seed", -1) if inhibit["kind"] == "random" else -1],
+        "count": [inhibit["count"]],
+        "share": [inhibit["share"]],
+        "learning_rate": [record["learning_rate"]],
+        "seed": [record["seed"]],
+    }
+    return trajectory.expand_dims("run").assign_coords({name: ("run", value) for name, value in values.items()})
+
+
+def method_name(record: Mapping[str, Any]) -> str:
+    """What a run is called in comparisons.
+
+    "plain"; "freeze_5" where 5 % of all neurons were frozen; "specific_10" where only those specific in the top 10 %
+    were trained; "freeze_random_5" and "specific_random_10" with random neurons in their place.
+    """
+    inhibit = record["inhibit"]
+    if inhibit is None:
+        return "plain"
+    percent = 100 * (
+        inhibit["found"].get("top", inhibit["share"]) if inhibit["mode"] == "specific" else inhibit["share"]
+    )
+    control = "random_" if inhibit["kind"] == "random" else ""
+    return (
+        f"{inhibit['mode']}_{control}{percent:.0f}" if percent >= 0.5 else f"{inhibit['mode']}_{control}{percent:.2g}"
+    )
+
+
+def join(runs: Sequence[xr.Dataset]) -> xr.Dataset:
+    """Several runs as one result; shorter ones end in step -1 and NaN.
+
+    Raises
+    ------
+    UserError
+        The runs were not probed with the same questions in the same way.
+    """
+    first = runs[0]
+    for run in runs[1:]:
+        same = first["key"].values.tolist() == run["key"].values.tolist()
+        if not same or first.attrs["normalise"] != run.attrs["normalise"]:
+            raise UserError(
+                "The fine-tunes were probed with different questions or normalisation, so their stances cannot be "
+                "compared: tune them with the same --probe and --normalise."
+            )
+    points = max(run.sizes["point"] for run in runs)
+    filled = {"step": -1, "margin": np.nan}
+    padded = [run.pad(point=(0, points - run.sizes["point"]), constant_values=filled) for run in runs]
+    joined = xr.concat(padded, "run", data_vars="all", coords="minimal", compat="override", join="exact")
+    return joined.assign(step=joined["step"].astype("i8"))
+
+
+def collect(paths: Sequence[str | Path]) -> xr.Dataset:
+    """The trajectories of fine-tuned directories, as written by ``pnlac-fast finetune --probe``.
+
+    Raises
+    ------
+    UserError
+        A directory has no record or no trajectory, or none is given.
+    """
+    if not paths:
+        raise UserError("There is no fine-tune to compare: give at least one --run.")
+    runs = []
+    for path in map(Path, paths):
+        if not (path / FINETUNE_FILE).is_file():
+            raise UserError(f"'{path}' is not a model tuned by pnlac-fast finetune: it has no {FINETUNE_FILE}.")
+        runs.append(as_run(load_trajectory(path / TRAJECTORY_FILE), json.loads((path / FINETUNE_FILE).read_text())))
+    return join(runs)
