@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/pnlac-fast demo
+	$(BIN)/pnlac-fast demo --overwrite
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
