@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -184,11 +187,33 @@ def cache(
                     engine=engine,
                     first_example=first_question[unit.topic],
                 )
-                writer.commit(number, sums.counts, sums.base, sums.tuned, rows=sums.rows, raw=sums.raw)
+                with _undisturbed():
+                    writer.commit(number, sums.counts, sums.base, sums.tuned, rows=sums.rows, raw=sums.raw)
         except KeyboardInterrupt as error:
             raise Interrupted(f"Stopped. Run the same command again to go on with '{out}'.") from error
-        writer.finish()
+        with _undisturbed():
+            writer.finish()
     return result
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Put SIGINT and SIGTERM off until the block is done.
+
+    A commit takes moments, and half of one would have to be done again; zarr's event loop complains when it is stopped.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread
+        yield
+        return
+    caught: list[int] = []
+    before = {s: signal.signal(s, lambda number, _: caught.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught:
+        signal.raise_signal(caught[0])
 
 
 def plan(topic: str, texts: Sequence[Text], unit_tokens: int, raw: str) -> Iterator[Unit]:

@@ -258,4 +258,4 @@ def _known(value: float) -> float | None:
 
 
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{round(100 * value) + 0} %"
+    return "-" if value is None or not math.isfinite(value) else f"{round(100 * value)} %"

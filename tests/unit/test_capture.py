@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,20 @@ def test_an_interrupted_run_resumes_to_the_same_bits(model_paths, questions, tmp
     a, b = stores.open_contrast(whole), stores.open_contrast(broken)
     for name in a.data_vars:
         assert np.array_equal(a[name].values, b[name].values, equal_nan=a[name].dtype.kind == "f")
+
+
+def test_a_signal_during_a_commit_waits_for_its_end(model_paths, questions, tmp_path: Path, monkeypatch) -> None:
+    out, real = tmp_path / "s.zarr", stores.Writer.commit
+
+    def interrupted(self, unit, *args, **kwargs):  # type: ignore[no-untyped-def]
+        signal.raise_signal(signal.SIGINT)
+        return real(self, unit, *args, **kwargs)
+
+    monkeypatch.setattr(stores.Writer, "commit", interrupted)
+    with pytest.raises(Interrupted):
+        cache(model_paths["llama"], {"t": model_paths["llama_tuned"]}, questions, out, unit_tokens=30)
+    assert stores.info(out)["units_done"] == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("raw", ["last", "full"])
