@@ -22,8 +22,8 @@ NATIVE = os.environ.get("PNLAC_BUILD_NATIVE", "auto")
 
 library = CppExtension(
     "pnlac_fast._C",
-    ["csrc/ops.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
-    depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
+    sorted(str(path) for room in ("torch", "cpu") for path in Path("csrc", room).glob("*.cpp")),
+    depends=sorted(str(path) for path in Path("csrc").rglob("*.[hi]*")),
     extra_compile_args={
         "cxx": [
             "-O3",

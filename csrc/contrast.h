@@ -4,8 +4,6 @@
 
 namespace pnlac {
 
-enum class DType : int32_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
-
 // Order of the five sums of a group.
 enum Sum : int32_t { kBase, kTuned, kBaseSquared, kTunedSquared, kDifferenceSquared, kSums };
 
@@ -20,8 +18,5 @@ struct ContrastParams {
   int64_t groups;
   int64_t neurons;
 };
-
-// Adds the neurons [first, last) of every group. The bits do not depend on how the neurons are divided among calls.
-void contrast_cpu(const ContrastParams& params, DType dtype, int64_t first, int64_t last);
 
 }  // namespace pnlac

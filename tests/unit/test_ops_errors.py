@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pnlac_fast import ops
 from pnlac_fast.errors import UserError
-from pnlac_fast.ops import contrast, engines
+from pnlac_fast.ops import contrast, dispatch, engines
 
 needs_library = pytest.mark.skipif(engines()["cpp"] != "available", reason=f"no compiled library: {engines()['cpp']}")
 
@@ -65,7 +64,7 @@ def test_the_library_itself_refuses_bad_input(change: dict[str, Tensor]) -> None
     """Called past the checks in Python, it must not read or write outside the tensors."""
     arguments = {**GOOD, "sums": sums(2, 4), **change}
     with pytest.raises(RuntimeError, match=r"^contrast: "):
-        torch.ops.pnlac_fast.contrast(*(arguments[name] for name in ("base", "tuned", "rows", "offsets", "sums")))
+        torch.ops.pnlac_fast.contrast_cpp(*(arguments[name] for name in ("base", "tuned", "rows", "offsets", "sums")))
 
 
 def test_unknown_engine_names_the_nearest() -> None:
@@ -75,18 +74,18 @@ def test_unknown_engine_names_the_nearest() -> None:
 
 def test_engines_lists_every_engine_once() -> None:
     assert engines()["torch"] == "available"
-    assert set(engines()) == {"torch", "cpp"}
+    assert set(engines()) == {"torch", "cpp", "triton", "cuda"}
 
 
 def test_an_unavailable_engine_is_refused_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ops._ENGINES, "cpp", "the package was installed without it")
-    monkeypatch.setattr(ops, "_warned", False)
+    monkeypatch.setitem(dispatch._ENGINES, "cpp", "the package was installed without it")
+    monkeypatch.setattr(dispatch, "_warned", False)
     with pytest.raises(UserError, match="Engine 'cpp' is not available: the package was installed without it"):
         contrast(**GOOD, sums=sums(2, 4), engine="cpp")
     with pytest.warns(RuntimeWarning, match="slower torch engine: the package was installed without it"):
         contrast(**GOOD, sums=sums(2, 4))
     contrast(**GOOD, sums=sums(2, 4))  # a second warning would be an error here
-    monkeypatch.setattr(ops, "_warned", False)
+    monkeypatch.setattr(dispatch, "_warned", False)
     contrast(**GOOD, sums=sums(2, 4), engine="torch")
 
 
@@ -97,7 +96,7 @@ import pathlib, warnings
 import torch
 real = pathlib.Path.exists
 pathlib.Path.exists = lambda path: path.name != "_C.abi3.so" and real(path)
-from pnlac_fast.ops import contrast, engines
+from pnlac_fast.ops import contrast, dispatch, engines
 assert "C++ compiler" in engines()["cpp"], engines()
 x = torch.arange(12.0).reshape(4, 3)
 sums = torch.zeros(2, 1, 5, 3, dtype=torch.float64)

@@ -1,11 +1,4 @@
-#include "../contrast.h"
-
-#include <algorithm>
-#include <cstring>
-#include <type_traits>
-
-namespace pnlac {
-namespace {
+// The contrast sums. Included by kernels.inl, inside a namespace.
 
 // Sums over bfloat16 run in fp32 for this many rows, then go to fp64.
 constexpr int64_t kTileRows = 64;
@@ -13,6 +6,8 @@ constexpr int64_t kTileRows = 64;
 constexpr int64_t kBlockNeurons = 1024;
 // Rows added per pass: each accumulator is loaded and stored once for so many rows.
 constexpr int kPassRows = 4;
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 struct BFloat16 {
   uint16_t bits;
@@ -23,7 +18,7 @@ struct Float16 {
 
 float from_bits(uint32_t bits) {
   float value;
-  std::memcpy(&value, &bits, sizeof(value));
+  __builtin_memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
@@ -106,15 +101,15 @@ void add_block(const ContrastParams& p, int64_t group, int64_t first, int64_t ne
   double* sums[kSums];
   for (int k = 0; k < kSums; ++k) sums[k] = p.sums + (group * kSums + k) * p.neurons + first;
   const int64_t start = p.offsets[group], stop = p.offsets[group + 1];
-  if constexpr (std::is_same_v<Accumulator<T>, double>) {
+  if constexpr (sizeof(Accumulator<T>) == sizeof(double)) {
     add_selected<T>(p, start, stop, first, neurons, sums);
   } else {
     alignas(64) float tile[kSums][kBlockNeurons];
     float* into[kSums];
     for (int k = 0; k < kSums; ++k) into[k] = tile[k];
     for (int64_t i = start; i < stop; i += kTileRows) {
-      std::memset(tile, 0, sizeof(tile));
-      add_selected<T>(p, i, std::min(i + kTileRows, stop), first, neurons, into);
+      __builtin_memset(tile, 0, sizeof(tile));
+      add_selected<T>(p, i, least(i + kTileRows, stop), first, neurons, into);
       for (int k = 0; k < kSums; ++k)
         for (int64_t j = 0; j < neurons; ++j) sums[k][j] += tile[k][j];
     }
@@ -125,12 +120,10 @@ template <typename T>
 void add_all(const ContrastParams& p, int64_t first, int64_t last) {
   for (int64_t group = 0; group < p.groups; ++group)
     for (int64_t block = first; block < last; block += kBlockNeurons)
-      add_block<T>(p, group, block, std::min(kBlockNeurons, last - block));
+      add_block<T>(p, group, block, least(kBlockNeurons, last - block));
 }
 
-}  // namespace
-
-void contrast_cpu(const ContrastParams& p, DType dtype, int64_t first, int64_t last) {
+void contrast(const ContrastParams& p, DType dtype, int64_t first, int64_t last) {
   switch (dtype) {
     case DType::kFloat32: return add_all<float>(p, first, last);
     case DType::kFloat64: return add_all<double>(p, first, last);
@@ -138,5 +131,3 @@ void contrast_cpu(const ContrastParams& p, DType dtype, int64_t first, int64_t l
     case DType::kFloat16: return add_all<Float16>(p, first, last);
   }
 }
-
-}  // namespace pnlac

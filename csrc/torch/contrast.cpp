@@ -1,43 +1,10 @@
-// The only file that knows torch, and of torch only the stable ABI: one binary serves every release from 2.10 on.
-// Schemas are defined in Python (pnlac_fast/ops); here they get their implementations.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <sstream>
-#include <stdexcept>
-
-#include "contrast.h"
+// The contrast sums, as torch operators. Schemas are defined in Python (pnlac_fast/ops).
+#include "../contrast.h"
+#include "../cpu/kernels.h"
+#include "checks.h"
 
 namespace pnlac {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// STD_TORCH_CHECK would put the path of this file in front of the sentence.
-template <typename... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-DType dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: throw std::runtime_error("contrast: activations must be float32, float64, bfloat16 or float16.");
-  }
-}
-
-void require_index(const Tensor& tensor, const char* name) {
-  require(tensor.dim() == 1 && tensor.scalar_type() == ScalarType::Long && tensor.is_contiguous(), "contrast: ", name,
-          " must be a contiguous vector of int64.");
-}
 
 ContrastParams contrast_params(const Tensor& base, const Tensor& tuned, const Tensor& rows, const Tensor& offsets,
                                const Tensor& sums) {
@@ -47,8 +14,8 @@ ContrastParams contrast_params(const Tensor& base, const Tensor& tuned, const Te
   const int64_t neurons = base.size(1);
   require(neurons <= 1 || (base.stride(1) == 1 && tuned.stride(1) == 1),
           "contrast: the neurons of base and tuned must be contiguous.");
-  require_index(rows, "rows");
-  require_index(offsets, "offsets");
+  require_index(rows, "contrast", "rows");
+  require_index(offsets, "contrast", "offsets");
   const int64_t groups = offsets.size(0) - 1;
   require(groups >= 0, "contrast: offsets needs one entry more than there are groups.");
   require(sums.scalar_type() == ScalarType::Double && sums.is_contiguous() && sums.dim() == 3 &&
@@ -81,14 +48,15 @@ void contrast(const Tensor& base, const Tensor& tuned, const Tensor& rows, const
     require(tensor->is_cpu(), "contrast: every tensor must be on the CPU.");
   const ContrastParams params = contrast_params(base, tuned, rows, offsets, sums);
   require_in_range(params, base.size(0), rows.size(0));
-  const DType dtype = dtype_of(base);
+  const DType dtype = dtype_of(base, "contrast");
   constexpr int64_t kGrain = 256;  // fewer neurons than this are not worth another thread
-  torch::stable::parallel_for(0, params.neurons, kGrain,
-                              [&](int64_t first, int64_t last) { contrast_cpu(params, dtype, first, last); });
+  torch::stable::parallel_for(0, params.neurons, kGrain, [&](int64_t first, int64_t last) {
+    kernels().contrast(params, dtype, first, last);
+  });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(pnlac_fast, CPU, m) { m.impl("contrast", TORCH_BOX(&contrast)); }
+STABLE_TORCH_LIBRARY_IMPL(pnlac_fast, CPU, m) { m.impl("contrast_cpp", TORCH_BOX(&contrast)); }
 
 }  // namespace pnlac

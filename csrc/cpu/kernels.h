@@ -1,0 +1,19 @@
+// The kernels for the CPU, as a table per instruction set; the best one that the processor knows is chosen once.
+#pragma once
+#include <cstdint>
+
+#include "../contrast.h"
+#include "../dtype.h"
+
+namespace pnlac {
+
+struct Kernels {
+  const char* isa;
+  // Adds the neurons [first, last) of every group. The bits do not depend on how the neurons are divided among calls.
+  void (*contrast)(const ContrastParams& params, DType dtype, int64_t first, int64_t last);
+};
+
+// Of the instruction set that the environment variable PNLAC_ISA names (default, avx2, avx512) or else of the best one.
+const Kernels& kernels();
+
+}  // namespace pnlac
