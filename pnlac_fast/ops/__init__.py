@@ -5,6 +5,7 @@ Triton kernels for CUDA (``triton/``).
 """
 
 from pnlac_fast.ops.dispatch import engines
+from pnlac_fast.ops.masked import masked_adamw, masked_sgd
 from pnlac_fast.ops.sums import contrast
 
-__all__ = ["contrast", "engines"]
+__all__ = ["contrast", "engines", "masked_adamw", "masked_sgd"]
