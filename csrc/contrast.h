@@ -12,7 +12,8 @@ struct ContrastParams {
   const void* tuned;         // [row, neuron], neurons contiguous
   int64_t base_row_stride;   // in elements
   int64_t tuned_row_stride;  // in elements
-  const int64_t* rows;       // [selected] row indices, ordered by group
+  const int64_t* rows;       // [selected] rows of tuned, ordered by group
+  const int64_t* base_rows;  // [selected] the rows of base to compare them with
   const int64_t* offsets;    // [group + 1] where each group starts in `rows`
   double* sums;              // [group, kSums, neuron], added to
   int64_t groups;

@@ -81,17 +81,17 @@ void add_selected(const ContrastParams& p, int64_t start, int64_t stop, int64_t 
                   Accumulator<T>* const* into) {
   const T* base[kPassRows];
   const T* tuned[kPassRows];
-  const auto point_at = [&](int slot, int64_t row) {
-    base[slot] = static_cast<const T*>(p.base) + row * p.base_row_stride + first;
-    tuned[slot] = static_cast<const T*>(p.tuned) + row * p.tuned_row_stride + first;
+  const auto point_at = [&](int slot, int64_t i) {
+    base[slot] = static_cast<const T*>(p.base) + p.base_rows[i] * p.base_row_stride + first;
+    tuned[slot] = static_cast<const T*>(p.tuned) + p.rows[i] * p.tuned_row_stride + first;
   };
   int64_t i = start;
   for (; i + kPassRows <= stop; i += kPassRows) {
-    for (int slot = 0; slot < kPassRows; ++slot) point_at(slot, p.rows[i + slot]);
+    for (int slot = 0; slot < kPassRows; ++slot) point_at(slot, i + slot);
     add_rows<T, kPassRows>(base, tuned, into, neurons);
   }
   for (; i < stop; ++i) {
-    point_at(0, p.rows[i]);
+    point_at(0, i);
     add_rows<T, 1>(base, tuned, into, neurons);
   }
 }

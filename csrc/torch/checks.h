@@ -40,4 +40,19 @@ inline void require_index(const Tensor& tensor, const char* operation, const cha
           " must be a contiguous vector of int64.");
 }
 
+// The next two only where the indices live in host memory.
+inline void require_offsets(const int64_t* offsets, int64_t groups, int64_t selected, const char* operation) {
+  require(offsets[0] == 0 && offsets[groups] == selected, operation, ": offsets must start at 0 and end at ", selected,
+          ", the length of rows.");
+  for (int64_t g = 0; g < groups; ++g)
+    require(offsets[g] <= offsets[g + 1], operation, ": offsets must not decrease (group ", g, ").");
+}
+
+inline void require_rows(const int64_t* rows, int64_t selected, int64_t count, const char* operation,
+                         const char* name) {
+  for (int64_t i = 0; i < selected; ++i)
+    require(rows[i] >= 0 && rows[i] < count, operation, ": ", name, "[", i, "] is ", rows[i], ", but there are ", count,
+            " rows.");
+}
+
 }  // namespace pnlac

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -127,6 +128,27 @@ def define(
 
         _library.impl(f"{name}_triton", by_triton, "CompositeExplicitAutograd")
     return operation
+
+
+def differentiable(operation: Operation, save: Callable[..., None], gradients: Callable[..., Any]) -> None:
+    """Let gradients flow through an operation, on every engine.
+
+    Parameters
+    ----------
+    operation
+        What :func:`define` returned.
+    save
+        Called with context, inputs and output in the forward pass: keeps what the gradients need in the context.
+    gradients
+        Called with the engine's name, the context and the gradients of the outputs; returns those of the inputs.
+    """
+    for engine in operation.engines:
+        torch.library.register_autograd(
+            f"pnlac_fast::{operation.name}_{engine}",
+            partial(gradients, engine),
+            setup_context=save,
+            lib=_library,
+        )
 
 
 def _warn_fallback(missing: str) -> None:

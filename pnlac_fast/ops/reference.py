@@ -7,33 +7,103 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @torch.no_grad()
-def contrast(base: Tensor, tuned: Tensor, rows: Tensor, offsets: Tensor, sums: Tensor) -> None:
+def contrast(base: Tensor, tuned: Tensor, rows: Tensor, base_rows: Tensor, offsets: Tensor, sums: Tensor) -> None:
     """Add the contrast sums of the selected rows to ``sums``, on any device.
 
     See :func:`pnlac_fast.ops.contrast` for the arguments.
     """
-    _check_values(rows, offsets, len(base))
+    _check_index("contrast", "rows", rows, len(tuned), "rows")
+    _check_index("contrast", "base_rows", base_rows, len(base), "rows")
+    _check_offsets("contrast", offsets, len(rows))
     for group, (start, stop) in enumerate(pairwise(offsets.tolist())):
-        a = base[rows[start:stop]].double()
+        a = base[base_rows[start:stop]].double()
         b = tuned[rows[start:stop]].double()
-        d = b - a
-        sums[group] += torch.stack([a.sum(0), b.sum(0), a.square().sum(0), b.square().sum(0), d.square().sum(0)])
+        sums[group] += torch.stack([term.sum(0) for term in contrast_terms(a, b)])
 
 
-def _check_values(rows: Tensor, offsets: Tensor, row_count: int) -> None:
+@torch.no_grad()
+def moments(x: Tensor, rows: Tensor, offsets: Tensor, sums: Tensor) -> None:
+    """Add the sums of the selected rows and of their squares to ``sums``. See :func:`pnlac_fast.ops.moments`."""
+    _check_index("moments", "rows", rows, len(x), "rows")
+    _check_offsets("moments", offsets, len(rows))
+    for group, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        chosen = x[rows[start:stop]].double()
+        sums[group] += torch.stack([chosen.sum(0), chosen.square().sum(0)])
+
+
+@torch.no_grad()
+def swiglu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """``activation(gate) * up``. See :func:`pnlac_fast.ops.swiglu`."""
+    return (_activated(gate, activation).double() * up.double()).to(gate.dtype)
+
+
+@torch.no_grad()
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The gradients of ``swiglu`` by gate and up. See :func:`pnlac_fast.ops.swiglu_backward`."""
+    by_activated = (grad.double() * up.double()).to(gate.dtype).double()
+    if activation == "silu":
+        by_gate = torch.ops.aten.silu_backward(by_activated, gate.double())
+    else:
+        by_gate = torch.ops.aten.gelu_backward(by_activated, gate.double(), approximate="tanh")
+    by_up = grad.double() * _activated(gate, activation).double()
+    return by_gate.to(gate.dtype), by_up.to(gate.dtype)
+
+
+@torch.no_grad()
+def swiglu_contrast(
+    gate: Tensor, up: Tensor, base: Tensor, base_rows: Tensor, counts: Tensor, sums: Tensor, activation: str
+) -> Tensor:
+    """``swiglu``, and the contrast sums of its result. See :func:`pnlac_fast.ops.swiglu_contrast`."""
+    bad = torch.nonzero(~(counts.isfinite() & (counts >= 0) & (counts == counts.floor())))
+    if len(bad):
+        group, row = bad[0].tolist()
+        value = float(counts[group, row])
+        raise RuntimeError(f"swiglu_contrast: counts[{group}, {row}] is {value:g}, not a whole number from 0.")
+    counted = (counts > 0).any(0)
+    outside = torch.nonzero((base_rows < -1) | (base_rows >= len(base)) | (counted & (base_rows == -1)))
+    if len(outside):
+        row = int(outside[0])
+        raise RuntimeError(
+            f"swiglu_contrast: base_rows[{row}] is {int(base_rows[row])}, but there are {len(base)} rows of base"
+            f"{' and a group counts the row' if counted[row] else ''}."
+        )
+    mid = swiglu(gate, up, activation)
+    terms = torch.stack(contrast_terms(base[base_rows[counted]].double(), mid[counted].double()))
+    for group, weight in enumerate(counts[:, counted].double()):
+        # Not by a product of matrices: NaN in a row that this group does not count would show.
+        has = weight > 0
+        sums[group] += (terms[:, has] * weight[has, None]).sum(1)
+    return mid
+
+
+def contrast_terms(a: Tensor, b: Tensor) -> list[Tensor]:
+    """What the five contrast sums add up."""
+    return [a, b, a.square(), b.square(), (b - a).square()]
+
+
+def _activated(gate: Tensor, activation: str) -> Tensor:
+    x = gate.double()
+    return (functional.silu(x) if activation == "silu" else functional.gelu(x, approximate="tanh")).to(gate.dtype)
+
+
+def _check_index(operation: str, name: str, index: Tensor, count: int, what: str) -> None:
     # A negative row would otherwise count from the end.
-    outside = torch.nonzero((rows < 0) | (rows >= row_count))
+    outside = torch.nonzero((index < 0) | (index >= count))
     if len(outside):
         place = int(outside[0])
-        raise RuntimeError(f"contrast: rows[{place}] is {int(rows[place])}, but there are {row_count} rows.")
-    if offsets[0] != 0 or offsets[-1] != len(rows):
-        raise RuntimeError(f"contrast: offsets must start at 0 and end at {len(rows)}, the length of rows.")
+        raise RuntimeError(f"{operation}: {name}[{place}] is {int(index[place])}, but there are {count} {what}.")
+
+
+def _check_offsets(operation: str, offsets: Tensor, selected: int) -> None:
+    if offsets[0] != 0 or offsets[-1] != selected:
+        raise RuntimeError(f"{operation}: offsets must start at 0 and end at {selected}, the length of rows.")
     falling = torch.nonzero(offsets.diff() < 0)
     if len(falling):
-        raise RuntimeError(f"contrast: offsets must not decrease (group {int(falling[0])}).")
+        raise RuntimeError(f"{operation}: offsets must not decrease (group {int(falling[0])}).")
 
 
 @torch.no_grad()

@@ -138,6 +138,19 @@ def test_nan_in_a_selected_row_shows(engine: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_base_may_keep_only_its_selected_rows(engine: str, dtype: torch.dtype) -> None:
+    """``base_rows`` into the kept rows gives the bits of the same rows read where they were."""
+    base, tuned = pair(90, 40, dtype)
+    index, offsets = grouped([1, 5, 89, 30], [5, 5, 2])
+    kept, place = index.unique(return_inverse=True)
+    sums, in_place = zeros(2, 40), zeros(2, 40)
+    contrast(base[kept], tuned, index, offsets, sums, base_rows=place, engine=engine)
+    contrast(base, tuned, index, offsets, in_place, engine=engine)
+    agree(sums, base, tuned, index, offsets)
+    assert torch.equal(sums, in_place)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mean", [10.0, 100.0])
 def test_keeps_the_spread_where_the_mean_is_much_larger(engine: str, dtype: torch.dtype, mean: float) -> None:
     """The standard deviation, found by subtracting two nearly equal numbers, keeps five digits."""
@@ -213,8 +226,9 @@ def test_no_gradient_flows(engine: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_opcheck(engine: str, dtype: torch.dtype) -> None:
     base, tuned = pair(20, 9, dtype)
+    rows, offsets = grouped([1, 5, 19], [2])
     operation = getattr(torch.ops.pnlac_fast, f"contrast_{engine}").default
-    results = torch.library.opcheck(operation, (base, tuned, *grouped([1, 5, 19], [2]), zeros(2, 9)))
+    results = torch.library.opcheck(operation, (base, tuned, rows, rows, offsets, zeros(2, 9)))
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -233,4 +247,4 @@ def test_compiles_into_one_graph(engine: str) -> None:
 
 
 def test_the_example_in_the_documentation() -> None:
-    assert doctest.testmod(module) == (0, 4)
+    assert doctest.testmod(module) == (0, 9)

@@ -27,6 +27,11 @@ BAD = {
     "row too large": ({"rows": torch.tensor([0, 6, 2])}, r"rows\[1\] is 6, but there are 6 rows"),
     "row negative": ({"rows": torch.tensor([0, 1, -1])}, r"rows\[2\] is -1, but there are 6 rows"),
     "row far out": ({"rows": torch.tensor([2**62, 0, 0])}, r"rows\[0\] is 4611686018427387904"),
+    "base row too large": ({"base_rows": torch.tensor([0, 1, 6])}, r"base_rows\[2\] is 6, but there are 6 rows"),
+    "base row negative": ({"base_rows": torch.tensor([-1, 1, 2])}, r"base_rows\[0\] is -1, but there are 6 rows"),
+    "too few base rows": ({"base_rows": torch.tensor([0, 1])}, "an entry for each of the 3 rows, not 2"),
+    "base rows int32": ({"base_rows": torch.tensor([0, 1, 2]).int()}, "base_rows must be a vector of int64"),
+    "base narrower": ({"base": BASE[:, :3], "base_rows": torch.tensor([0, 1, 2])}, "must have the same neurons"),
     "offsets fall": ({"offsets": torch.tensor([0, 3, 1, 3]), "sums": sums(3, 4)}, r"must not decrease \(group 1\)"),
     "offsets start late": ({"offsets": torch.tensor([1, 2, 3])}, "start at 0 and end at 3"),
     "offsets end early": ({"offsets": torch.tensor([0, 2, 2])}, "start at 0 and end at 3"),
@@ -63,8 +68,10 @@ def test_bad_input(engine: str, change: dict[str, Tensor], message: str) -> None
 def test_the_library_itself_refuses_bad_input(change: dict[str, Tensor]) -> None:
     """Called past the checks in Python, it must not read or write outside the tensors."""
     arguments = {**GOOD, "sums": sums(2, 4), **change}
+    arguments.setdefault("base_rows", arguments["rows"])
+    order = ("base", "tuned", "rows", "base_rows", "offsets", "sums")
     with pytest.raises(RuntimeError, match=r"^contrast: "):
-        torch.ops.pnlac_fast.contrast_cpp(*(arguments[name] for name in ("base", "tuned", "rows", "offsets", "sums")))
+        torch.ops.pnlac_fast.contrast_cpp(*(arguments[name] for name in order))
 
 
 def test_unknown_engine_names_the_nearest() -> None:
