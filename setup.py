@@ -33,6 +33,8 @@ library = CppExtension(
             "-fvisibility=hidden",
             # A contraction in the vector part of a loop only would make the bits depend on how threads divide it.
             "-ffp-contract=off",
+            # Nobody reads errno, and a square root that may set it is not vectorised.
+            "-fno-math-errno",
         ]
     },
     py_limited_api=True,

@@ -7,10 +7,11 @@ namespace pnlac {
 namespace PNLAC_ISA {
 namespace {
 #include "contrast.inl"
+#include "masked.inl"
 }  // namespace
 
 extern const Kernels kTable;
-const Kernels kTable = {PNLAC_ISA_NAME, contrast};
+const Kernels kTable = {PNLAC_ISA_NAME, contrast, masked_adamw, masked_sgd};
 
 }  // namespace PNLAC_ISA
 }  // namespace pnlac

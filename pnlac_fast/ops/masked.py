@@ -130,6 +130,9 @@ def _check_adamw(
 ) -> None:
     moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     _check("masked_adamw", params, grads, moments, keeps, dims)
+    for i, (one, other) in enumerate(zip(exp_avgs, exp_avg_sqs, strict=True)):
+        if one.dtype != other.dtype:
+            raise RuntimeError(f"masked_adamw: exp_avg_sqs[{i}] must be {one.dtype} like exp_avgs[{i}].")
     if step < 1:
         raise RuntimeError(f"masked_adamw: step must be 1 or more, not {step}.")
     if not (0 <= beta1 < 1 and 0 <= beta2 < 1):
@@ -202,7 +205,6 @@ _ADAMW = define(
     "int[] dims, float lr, float beta1, float beta2, float eps, float weight_decay, int step) -> ()",
     reference=reference.masked_adamw,
     check=_check_adamw,
-    cpp=False,
 )
 _SGD = define(
     "masked_sgd",
@@ -210,5 +212,4 @@ _SGD = define(
     "float momentum, float dampening, float weight_decay, bool nesterov, bool first) -> ()",
     reference=reference.masked_sgd,
     check=_check_sgd,
-    cpp=False,
 )
