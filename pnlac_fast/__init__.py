@@ -26,6 +26,7 @@ _VERBS = {
     "report": "reporting",
     "demo": "demonstration",
     "env": "environment",
+    "bench": "benchmarking.suite",
     "load_model": "models",
     "load_tuned": "models",
     "load_questions": "datasets",

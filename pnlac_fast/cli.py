@@ -339,6 +339,24 @@ def env(model: str | None, as_json: bool) -> None:
     show_record(run(model), as_json)
 
 
+@commands.command(epilog="Example: pnlac-fast bench --shape tiny --only localise --repeats 5")
+@names("--shape", "tiny", "Widths of the model: tiny, small, hidden-2048, llama-3.1-8b and others.")
+@option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@option("--dtype", default="auto", show_default=True, help="auto, float32 or bfloat16.")
+@option("--threads", default=1, show_default=True, help="Threads on the CPU.")
+@option("--repeats", default=5, show_default=True, help="Rounds; ratios are taken within a round.")
+@option("--questions", type=int, help="Questions of each of six topics. Default: by shape, for seconds a pass.")
+@names("--only", None, "localise, memory. Default: all.")
+@as_json
+def bench(shape: tuple[str, ...], only: tuple[str, ...], as_json: bool, **given: Any) -> None:
+    """Measure speed and memory on this machine. Against others and itself; results are checked first."""
+    from pnlac_fast import bench as run
+    from pnlac_fast.benchmarking.suite import PARTS, rows
+
+    result = run(shapes=shape, parts=only or PARTS, **given)
+    show(result, as_json, rows(result))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 usage, 3 the user can mend it, 4 stopped but resumable."""
 

@@ -194,7 +194,7 @@ def load_model(
         raise unknown("dtype", dtype, ("auto", "float32", "bfloat16", "float16", "float64"))
     if (Path(source) / "adapter_config.json").is_file():
         raise UserError(f"'{source}' is an adapter: give its base model as --model and the adapter as --tuned.")
-    place = _device(device)
+    place = resolve_device(device)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         with quiet():
@@ -344,7 +344,7 @@ def _blocks(hf: Any) -> nn.ModuleList:
     )
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """The device of a name, "auto" being CUDA where there is one; refused where it cannot hold a tensor."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -19,7 +19,7 @@ from pnlac_fast.cli import commands, main
 from pnlac_fast.options import Option
 
 HEAVY = ("torch", "transformers", "peft", "zarr", "xarray", "numpy", "sklearn", "matplotlib")
-VERBS = ("cache", "info", "locate", "patch", "finetune", "generate", "score", "report", "demo", "env")
+VERBS = ("cache", "info", "locate", "patch", "finetune", "generate", "score", "report", "demo", "env", "bench")
 # What a command consumes itself, and the parameter of the library call that it becomes.
 LOADING = {
     **dict.fromkeys(("revision", "dtype", "device", "trust_remote_code"), "model"),
@@ -27,6 +27,7 @@ LOADING = {
 }
 RENAMED = {
     "cache": {"site": "sites"},
+    "bench": {"shape": "shapes", "only": "parts", "device": "device", "dtype": "dtype"},
     "patch": {"direction": "directions", "kind": "kinds"},
     "finetune": {"set_name": "inhibit", "control": "inhibit"},
 }

@@ -1,0 +1,119 @@
+"""``pnlac-fast bench``: the benchmarks that say something on a user's own machine, as one result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pnlac_fast.benchmarking import localise, memory
+from pnlac_fast.benchmarking.timing import threads as using
+from pnlac_fast.benchmarking.workloads import DTYPES, SHAPES, make_workload
+from pnlac_fast.errors import UserError, unknown
+from pnlac_fast.models import resolve_device
+from pnlac_fast.provenance import provenance
+
+PARTS = ("localise", "memory")
+
+
+def bench(
+    *,
+    shapes: Sequence[str] = ("tiny",),
+    device: str = "auto",
+    dtype: str = "auto",
+    threads: int = 1,
+    repeats: int = 5,
+    questions: int | None = None,
+    parts: Sequence[str] = PARTS,
+) -> dict[str, Any]:
+    """Measure this package against others and against the machine; every result is checked before it is timed.
+
+    Parameters
+    ----------
+    shapes
+        Widths of the model to localise in, names in :data:`pnlac_fast.benchmarking.workloads.SHAPES`. Its weights are
+        random, nothing is downloaded.
+    device, dtype
+        "auto" is CUDA where there is one; float32 on the CPU and bfloat16 on CUDA.
+    threads
+        Threads of torch on the CPU.
+    repeats
+        Rounds; every way is run once a round, and ratios are taken within a round.
+    questions
+        Questions of each of the six topics. Default: as many as keep a pass over them within seconds.
+    parts
+        What to measure: "localise" or "memory".
+
+    Returns
+    -------
+    dict
+        A key for each part; ``localise`` is that of the first shape, ``by_shape`` has all of them. Ratios are
+        {"median", "min", "max", "repeats"}. Besides: ``machine``, ``threads``, ``device``, ``dtype``, ``provenance``.
+
+    Raises
+    ------
+    UserError
+        A shape, a part or a dtype is unknown, or the device cannot be used.
+    RuntimeError
+        Two ways of computing one thing disagree.
+    """
+    for kind, given, known in (("shape", shapes, SHAPES), ("part", parts, PARTS)):
+        if not given:
+            raise UserError(f"Name at least one {kind} to measure.")
+        for name in given:
+            if name not in known:
+                raise unknown(kind, name, known)
+    if dtype not in ("auto", *DTYPES):
+        raise unknown("dtype", dtype, ("auto", *DTYPES))
+    if repeats < 1 or threads < 1:
+        raise UserError("Nothing is measured in less than one repeat or thread: raise --repeats or --threads.")
+    place = resolve_device(device)
+    result: dict[str, Any] = {
+        "machine": processor(),
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",
+        "dtype": dtype if dtype != "auto" else "bfloat16" if place.type == "cuda" else "float32",
+        "threads": threads,
+    }
+    measures: dict[str, Callable[[], dict[str, Any]]] = {
+        "memory": lambda: memory.measure(device=device, dtype=dtype, threads=threads)
+    }
+    with using(threads):
+        if "localise" in parts:
+            result["by_shape"] = {
+                shape: localise.measure(make_workload(shape, questions=questions, device=device, dtype=dtype), repeats)
+                for shape in dict.fromkeys(shapes)
+            }
+            result["localise"] = result["by_shape"][shapes[0]]
+        result |= {name: measures[name]() for name in PARTS if name in parts and name in measures}
+    return result | {"provenance": provenance()}
+
+
+def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The result as lines of a table: what was measured, on what shape, its median and its extremes."""
+    found = [row for shape, figures in result.get("by_shape", {}).items() for row in _rows("localise", shape, figures)]
+    for part in PARTS[1:]:
+        found += _rows(part, "", result.get(part, {}))
+    return found
+
+
+def processor() -> str:
+    """The name of the processor, as the operating system gives it."""
+    import platform
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def _rows(what: str, shape: str, figures: Any, unit: str = "") -> list[dict[str, Any]]:
+    """A line for each ratio and each bare number, and none for what only describes the run."""
+    if isinstance(figures, dict) and "median" in figures:
+        return [{"what": what, "shape": shape, **{name: float(figures[name]) for name in ("median", "min", "max")}}]
+    if isinstance(figures, dict):
+        unit = f", {figures['unit']}" if "unit" in figures else unit
+        named = {f"{what} {str(name).replace('_', ' ')}": value for name, value in figures.items()}
+        return [row for name, value in named.items() for row in _rows(name, shape, value, unit)]
+    return [{"what": what + unit, "shape": shape, "median": figures}] if isinstance(figures, float) else []

@@ -1,0 +1,70 @@
+"""``pnlac-fast bench`` prints what it promises; how fast anything is, is not tested."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pnlac_fast.benchmarking import suite
+
+SPREAD = {"median", "min", "max", "repeats"}
+
+
+@pytest.fixture(scope="module")
+def localised(cli) -> Any:
+    result = cli("bench", "--shape", "test", "--only", "localise", "--repeats", 2, "--questions", 2, "--json")
+    assert (result.code, result.err) == (0, "")
+    return result.json
+
+
+def test_localise_has_its_ratios_with_their_spread(localised: Any) -> None:
+    figures = localised["localise"]
+    for ratio in (
+        figures["one_tuned_vs_floor"],
+        figures["six_tuned_vs_floor"],
+        figures["released_way_vs_ours"],
+        *figures["command"].values(),
+    ):
+        assert ratio.keys() == SPREAD
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+        assert ratio["repeats"] == 2
+    assert localised["by_shape"] == {"test": figures}
+    assert (figures["shape"], figures["prompts"]) == ("test", 12)
+    assert figures["tokens"] > 12 * 76
+    assert all(isinstance(peer, str) or peer.keys() == SPREAD for peer in figures["peers"].values())
+
+
+def test_it_says_where_and_when(localised: Any) -> None:
+    assert localised["machine"]
+    assert (localised["device"], localised["dtype"], localised["threads"]) == ("cpu", "float32", 1)
+    assert localised["provenance"]["versions"]["torch"]
+    assert localised["provenance"]["created"]
+    assert "memory" not in localised
+
+
+def test_the_table(cli, localised: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = {"unit": "MiB", "floor": 200.0, "ours": {"256": 210.0}}
+    monkeypatch.setattr(suite, "bench", lambda **_: localised | {"memory": memory})
+    lines = cli("bench").out.splitlines()
+    assert lines[0].split() == ["what", "shape", "median", "min", "max"]
+    assert any(line.startswith("localise six tuned vs floor") for line in lines)
+    assert any(line.split() == ["memory", "ours", "256,", "MiB", "210"] for line in lines)
+    assert not any("tokens" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--shape", "tinny"], "There is no shape 'tinny'. Did you mean 'tiny'?"),
+        (["--only", "localize"], "There is no part 'localize'. Did you mean 'localise'?"),
+        (["--dtype", "float23"], "There is no dtype 'float23'."),
+        (["--repeats", 0], "raise --repeats"),
+        (["--shape", "test", "--questions", 0], "give at least one"),
+        (["--device", "tpu7"], "give --device cpu, cuda"),
+    ],
+)
+def test_a_mistake_is_said_before_anything_is_measured(cli, options: list[object], said: str) -> None:
+    result = cli("bench", *options)
+    assert (result.code, result.out) == (3, "")
+    assert said in result.err
