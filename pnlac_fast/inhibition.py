@@ -27,9 +27,13 @@ from transformers import TrainerCallback
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.models import Model, Weights
 from pnlac_fast.neurons import NeuronSet
+from pnlac_fast.slices import PARTS, Slices, slice_neurons
 
 MODES = ("freeze", "specific")
-PARTS = {"mlp_mid": {"gate_proj": 0, "up_proj": 0, "down_proj": 1}, "mlp_out": {"down_proj": 0}}  # dim of the neurons
+_EXTRA = (
+    "{} parameters that do not belong to the chosen neurons would train: do not change requires_grad after the Trainer "
+    "is made."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +158,10 @@ class InhibitFT(TrainerCallback):
     before the optimizer is made, and says so. Exact for any optimizer: gradients of the still entries are zero, so they
     count neither in momentum nor in the norm that clipping measures, and after each optimizer step their values are
     put back, which undoes weight decay. The values are kept once, on the parameters' device; in the mode "specific"
-    that is nearly a copy of the chosen layers' MLP weights.
+    with LoRA that is nearly a copy of the adapter's factors on the chosen layers.
+
+    Without LoRA the mode "specific" trains neuron slices (:mod:`pnlac_fast.slices`): until training ends, parameters of
+    their own, and the only ones with gradient and optimizer state. Checkpoints are ordinary ones all the time.
 
     Parameters
     ----------
@@ -166,9 +173,11 @@ class InhibitFT(TrainerCallback):
     Attributes
     ----------
     masks
-        What is held still; None until the Trainer is made.
+        What is held still; None until the Trainer is made, and where slices train.
+    slices
+        What alone trains, in the mode "specific" without LoRA, once the Trainer is made; else None.
     steps
-        Optimizer steps taken under these masks.
+        Optimizer steps taken under these masks or on these slices.
     """
 
     def __init__(self, neurons: NeuronSet, mode: str = "freeze") -> None:
@@ -176,25 +185,34 @@ class InhibitFT(TrainerCallback):
             raise unknown("inhibit mode", mode, MODES)
         self.neurons, self.mode = neurons, mode
         self.masks: Masks | None = None
+        self.slices: Slices | None = None
         self.steps = 0
         self._model: nn.Module | None = None
         self._values: list[Tensor] = []
         self._fired: list[int] = []
         self._hooks: list[Any] = []
+        self._frozen: list[tuple[str, nn.Parameter, int]] = []
 
-    def prepare(self, model: nn.Module) -> Masks:
+    def prepare(self, model: nn.Module) -> Masks | Slices:
         """Set the model up for training: must come before the optimizer is made. The Trainer does it by itself.
 
         Columns of LoRA's A that belong to still entries become zero, which changes nothing while B is zero. In the mode
-        "specific" all parameters that do not belong to the chosen neurons get ``requires_grad=False``.
+        "specific" all parameters that do not belong to the chosen neurons get ``requires_grad=False``; without LoRA the
+        model gets neuron slices.
 
         Raises
         ------
         UserError
-            As for :func:`find_masks`, or the adapter has already been trained without these masks.
+            As for :func:`find_masks` or :func:`pnlac_fast.slices.slice_neurons`, or the adapter has already been
+            trained without these masks.
         """
-        if self._model is model and self.masks is not None:
-            return self.masks
+        if self._model is model:
+            prepared = self.slices or self.masks
+            assert prepared is not None
+            return prepared
+        if self.mode == "specific" and not isinstance(model, PeftModel):
+            self.slices, self._model = slice_neurons(model, self.neurons), model
+            return self.slices
         masks = find_masks(model, self.neurons, self.mode)
         for mask in masks.entries:
             if mask.low_rank and mask.values().any():
@@ -221,16 +239,21 @@ class InhibitFT(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Check that what will train is what was prepared, and put the hooks in place."""
-        if self.masks is None or self._model is not model:
+        if self._model is None or self._model is not model:
             raise UserError(
                 "InhibitFT has not seen this model before its optimizer was made: give it to the Trainer as "
                 "callbacks=[InhibitFT(neurons)], with the model itself instead of a model_init."
             )
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
-        self._check(self._model, optimizer)
         self._remove()
-        self.steps, self._fired, self._first = 0, [0] * len(self.masks.entries), state.global_step
+        self.steps, self._first = 0, state.global_step
+        if self.slices is not None:
+            self._begin_slices(self.slices, optimizer)
+            return
+        assert self.masks is not None
+        self._check(model, optimizer)
+        self._fired = [0] * len(self.masks.entries)
         for i, mask in enumerate(self.masks.entries):
             self._hooks.append(mask.parameter.register_hook(lambda g, i=i, mask=mask: self._still(i, mask, g)))
         self._hooks.append(optimizer.register_step_post_hook(self._restore))
@@ -238,6 +261,9 @@ class InhibitFT(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the hooks, and verify that they worked and that nothing has moved."""
         self._remove()
+        if self.slices is not None:
+            self._end_slices(self.slices, args, state)
+            return
         if self.masks is None or state.global_step == self._first:
             return
         idle = [m.name for m, n in zip(self.masks.entries, self._fired, strict=True) if not n]
@@ -245,6 +271,39 @@ class InhibitFT(TrainerCallback):
             raise RuntimeError(f"InhibitFT had no effect: {self.steps} optimizer steps, no gradient reached {idle}.")
         if moved := self._moved():
             raise RuntimeError(f"Inhibited weights moved after the optimizer's step: {', '.join(moved)}.")
+
+    def _begin_slices(self, slices: Slices, optimizer: Any) -> None:
+        slices.install()  # training may have ended before, and begin again with the same optimizer
+        trained = _trained(optimizer)
+        own = {id(p) for p in slices.parameters()}
+        if own - trained:
+            raise UserError("The optimizer does not train all neuron slices: let the Trainer make the optimizer.")
+        if extra := len(trained - own):
+            raise UserError(_EXTRA.format(extra))
+        self._fired = [0] * len(slices.parts)
+        for i, part in enumerate(slices.parts):
+            self._hooks.append(part.weight.register_hook(lambda _, i=i: self._count(i)))
+        self._hooks.append(optimizer.register_step_post_hook(self._count_step))
+        self._frozen = [(n, p, p._version) for n, p in slices.model.named_parameters() if id(p) not in own]
+
+    def _end_slices(self, slices: Slices, args: Any, state: Any) -> None:
+        slices.merge()
+        if state.global_step == self._first:
+            return
+        idle = [part.name for part, n in zip(slices.parts, self._fired, strict=True) if not n]
+        if idle or not self.steps:
+            raise RuntimeError(f"InhibitFT had no effect: {self.steps} optimizer steps, no gradient reached {idle}.")
+        # A slice is written past its weight's version, so only someone else's writing counts here; the Trainer's own,
+        # when it goes back to the best checkpoint, was compared as it was loaded.
+        moved = [name for name, p, version in self._frozen if p._version != version]
+        if moved and not args.load_best_model_at_end:
+            raise RuntimeError(f"Inhibited weights moved while the slices were trained: {', '.join(moved)}.")
+
+    def _count_step(self, *_: Any) -> None:
+        self.steps += 1
+
+    def _count(self, index: int) -> None:
+        self._fired[index] += 1
 
     def _still(self, index: int, mask: Mask, gradient: Tensor) -> Tensor:
         self._fired[index] += 1
@@ -269,12 +328,8 @@ class InhibitFT(TrainerCallback):
 
     def _check(self, model: nn.Module, optimizer: Any) -> None:
         assert self.masks is not None
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise UserError(
-                f"InhibitFT needs a torch optimizer, not {type(optimizer).__name__}: train without DeepSpeed."
-            )
+        trained = _trained(optimizer)
         present = {id(p) for p in model.parameters()}
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         for mask in self.masks.entries:
             if id(mask.parameter) not in present & trained:
                 raise UserError(
@@ -283,15 +338,19 @@ class InhibitFT(TrainerCallback):
                 )
         allowed = {id(p) for p in (*(m.parameter for m in self.masks.entries), *self.masks.whole)}
         if self.mode == "specific" and (extra := len(trained - allowed)):
-            raise UserError(
-                f"{extra} parameters that do not belong to the chosen neurons would train: do not change requires_grad "
-                f"after the Trainer is made."
-            )
+            raise UserError(_EXTRA.format(extra))
         if moved := self._moved():
             raise UserError(
                 f"The checkpoint to resume from was made without these inhibited neurons ({moved[0]} differs): resume "
                 f"with the same neurons and mode, or start anew."
             )
+
+
+def _trained(optimizer: Any) -> set[int]:
+    """Identities of the parameters that an optimizer trains."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"InhibitFT needs a torch optimizer, not {type(optimizer).__name__}: train without DeepSpeed.")
+    return {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
 
 
 def _tensors(module: Any, dim: int) -> tuple[list[tuple[nn.Parameter, int, bool]], list[nn.Parameter]]:

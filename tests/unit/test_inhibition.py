@@ -100,9 +100,8 @@ def trainer(model: Any, callbacks: list[TrainerCallback], folder: Any, **changes
         "use_cpu": True,
         "dataloader_pin_memory": False,
     }
-    made = Trainer(
-        model, TrainingArguments(str(folder), **settings | changes), train_dataset=rows(), callbacks=callbacks
-    )
+    data = {"train_dataset": rows(), "eval_dataset": changes.pop("eval_dataset", None)}
+    made = Trainer(model, TrainingArguments(str(folder), **settings | changes), callbacks=callbacks, **data)
     made.remove_callback(PrinterCallback)
     return made
 
@@ -236,7 +235,8 @@ def test_activation_checkpointing_gives_the_same_bits(tuning: str, tmp_path: Any
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
-def test_resuming_gives_the_bits_of_the_uninterrupted_run(tuning: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("mode", ["freeze", "specific"])
+def test_resuming_gives_the_bits_of_the_uninterrupted_run(mode: str, tuning: str, tmp_path: Any) -> None:
     neurons = chosen()
 
     def fresh() -> Any:
@@ -244,19 +244,46 @@ def test_resuming_gives_the_bits_of_the_uninterrupted_run(tuning: str, tmp_path:
 
     before = weights(fresh())
     whole = fresh()
-    trainer(whole, [InhibitFT(neurons)], tmp_path, save_strategy="steps", save_steps=3).train()
+    trainer(whole, [InhibitFT(neurons, mode)], tmp_path, save_strategy="steps", save_steps=3).train()
     resumed = fresh()
-    again = trainer(resumed, [InhibitFT(neurons)], tmp_path)
+    again = trainer(resumed, [InhibitFT(neurons, mode)], tmp_path)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     one, other = weights(whole), weights(resumed)
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert changes(before, other, neurons)[0] == 0
+    assert changes(before, other, neurons)[mode == "specific"] == 0
+    if tuning == "full":  # a checkpoint on the way is an ordinary one
+        assert one.keys() == other.keys() == before.keys()
+        loaded = weights(LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-6"))
+        assert all(torch.equal(one[name], loaded[name]) for name in one)
 
 
-def test_a_checkpoint_of_a_run_without_inhibition_is_refused(tmp_path: Any) -> None:
+@pytest.mark.parametrize("mode", ["freeze", "specific"])
+def test_a_checkpoint_of_a_run_without_inhibition_is_refused(mode: str, tmp_path: Any) -> None:
     trainer(decoder(), [], tmp_path, save_strategy="steps", save_steps=3).train()
+    made = trainer(decoder(), [InhibitFT(chosen(), mode)], tmp_path)
     with pytest.raises(UserError, match="resume with the same neurons"):
-        trainer(decoder(), [InhibitFT(chosen())], tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_the_best_checkpoint_comes_back_into_the_slices(tmp_path: Any) -> None:
+    model, neurons = decoder(), chosen()
+    before = weights(model)
+    made = trainer(
+        model,
+        [InhibitFT(neurons, "specific")],
+        tmp_path,
+        greater_is_better=True,  # the highest loss, the first checkpoint
+        **{"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2},
+        load_best_model_at_end=True,
+        eval_dataset=rows(),
+    )
+    made.train()
+    assert made.state.best_global_step == 2
+    best = weights(LlamaForCausalLM.from_pretrained(tmp_path / "checkpoint-2"))
+    after = weights(model)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], best[name]) for name in after)
+    assert changes(before, after, neurons)[1] == 0
 
 
 def test_lora_delta_is_exactly_zero_and_down_columns_start_at_zero(tmp_path: Any) -> None:
@@ -377,7 +404,8 @@ def test_parameters_that_are_set_to_train_later_are_refused(tmp_path: Any) -> No
         made.train()
 
 
-def test_an_optimizer_without_the_masked_weights_is_refused(tmp_path: Any) -> None:
+@pytest.mark.parametrize("mode", ["freeze", "specific"])
+def test_an_optimizer_without_the_masked_weights_is_refused(mode: str, tmp_path: Any) -> None:
     model = decoder()
     arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
     optimizer = torch.optim.SGD([model.model.embed_tokens.weight], lr=0.1)
@@ -385,7 +413,7 @@ def test_an_optimizer_without_the_masked_weights_is_refused(tmp_path: Any) -> No
         model,
         arguments,
         train_dataset=rows(),
-        callbacks=[InhibitFT(chosen())],
+        callbacks=[InhibitFT(chosen(), mode)],
         optimizers=(optimizer, None),
     )
     with pytest.raises(UserError, match="The optimizer does not train"):
@@ -393,14 +421,18 @@ def test_an_optimizer_without_the_masked_weights_is_refused(tmp_path: Any) -> No
 
 
 class Meddle(TrainerCallback):
+    def __init__(self, row: int) -> None:
+        self.row = row
+
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         with torch.no_grad():
-            model.model.layers[0].mlp.gate_proj.weight[3, 0].add_(1e-6)
+            model.model.layers[0].mlp.gate_proj.weight[self.row, 0].add_(1e-6)
 
 
-def test_weights_that_something_else_moves_are_an_error(tmp_path: Any) -> None:
+@pytest.mark.parametrize(("mode", "row"), [("freeze", 3), ("specific", 4)])
+def test_weights_that_something_else_moves_are_an_error(mode: str, row: int, tmp_path: Any) -> None:
     with pytest.raises(RuntimeError, match=r"moved.*layers\.0\.mlp\.gate_proj"):
-        trainer(decoder(), [InhibitFT(chosen()), Meddle()], tmp_path).train()
+        trainer(decoder(), [InhibitFT(chosen(), mode), Meddle(row)], tmp_path).train()
 
 
 class Silent(nn.Module):
@@ -415,21 +447,26 @@ class Silent(nn.Module):
             return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def test_masks_that_no_gradient_reaches_are_an_error(tmp_path: Any) -> None:
+@pytest.mark.parametrize("mode", ["freeze", "specific"])
+def test_masks_and_slices_that_no_gradient_reaches_are_an_error(mode: str, tmp_path: Any) -> None:
     model = decoder()
-    for block in model.model.layers:
+    for block in model.model.layers[: 2 if mode == "freeze" else 1]:
         block.mlp = Silent(block.mlp)
     with pytest.raises(RuntimeError, match="had no effect"):
-        trainer(model, [InhibitFT(chosen())], tmp_path).train()
+        trainer(model, [InhibitFT(chosen(), mode)], tmp_path).train()
 
 
-def test_train_may_be_called_again_and_leaves_no_hooks(tmp_path: Any) -> None:
+@pytest.mark.parametrize("mode", ["freeze", "specific"])
+def test_train_may_be_called_again_and_leaves_no_hooks(mode: str, tmp_path: Any) -> None:
     model, neurons = decoder(), chosen()
     before = weights(model)
-    callback = InhibitFT(neurons)
+    callback = InhibitFT(neurons, mode)
     made = trainer(model, [callback], tmp_path)
     made.train()
+    once = weights(model)
     made.train()
-    assert changes(before, weights(model), neurons)[0] == 0
+    own, others = changes(before, weights(model), neurons)
+    assert (own if mode == "freeze" else others) == 0
+    assert changes(once, weights(model), neurons)[mode == "freeze"] > 0.9
     assert not callback._hooks
     assert not any(p._backward_hooks for p in model.parameters())
