@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -114,16 +113,3 @@ def _copied(model: Model, ids: Tensor) -> list[np.ndarray]:
 
 def _tuned(workload: Workload) -> Model:
     return next(iter(workload.tuned.values()))
-
-
-def add(totals: Tensor, batch: Padded, layer: int, base: Any, tuned: Any) -> None:
-    """Add one layer of a padded batch to ``totals`` [topic, tokens, 5, layer, neuron], float64, in plain torch.
-
-    ``base`` and ``tuned`` are [sequence, position, neuron]. Sums within the batch are float32, as a user would write.
-    """
-    base, tuned = base.flatten(0, 1), tuned.flatten(0, 1)
-    for topic, selector, rows in batch.counted:
-        a, b = base[rows].float(), tuned[rows].float()
-        d = b - a
-        sums = (a.sum(0), b.sum(0), (a * a).sum(0), (b * b).sum(0), (d * d).sum(0))
-        totals[topic, selector, :, layer] += torch.stack(sums)

@@ -60,6 +60,11 @@ def check(workload: Workload, ways: dict[str, Callable[[], Statistics]], *, agai
         _agree(workload, name, distance(against.figures(), found.figures()))
 
 
+def check_store(workload: Workload, path: Path, *, against: Statistics) -> None:
+    """As :func:`check`, for what a store holds."""
+    _agree(workload, "cache", distance(against.figures(), read_store(path, workload)))
+
+
 def measure(workload: Workload, repeats: int = 5) -> dict[str, Any]:
     """Check that all ways find the same, then time them side by side.
 
@@ -76,9 +81,10 @@ def measure(workload: Workload, repeats: int = 5) -> dict[str, Any]:
     one, sample, count = workload.first(1), workload.first(1, SAMPLE), len(workload.tuned)
     scale = sum(map(len, workload.texts.values())) / sum(map(len, sample.texts.values()))
     exact = ours(one)()
-    with tempfile.TemporaryDirectory() as folder, peers.prepared(one) as (others, absent):
+    installed, absent = peers.prepare(one)
+    others, failed = peers.usable(installed, lambda name, way: check(one, {name: way}, against=exact))
+    with tempfile.TemporaryDirectory() as folder:
         check(sample, {"ours": ours(sample), "released": baselines.released(sample)})
-        check(one, others, against=exact)
         ways: dict[str, Callable[[], Any]] = {
             "floor": baselines.floor(one),
             "one": ours(one),
@@ -88,8 +94,7 @@ def measure(workload: Workload, repeats: int = 5) -> dict[str, Any]:
         }
         if count > 1:
             ways |= {"all": ours(workload), "all_command": command(workload, Path(folder))}
-        stored = command(workload, Path(folder))()
-        _agree(workload, "cache", distance(ours(workload)().figures(), read_store(stored, workload)))
+        check_store(workload, command(workload, Path(folder))(), against=ours(workload)())
         seconds = interleaved(ways, repeats, workload.device)
     all_of = "all" if count > 1 else "one"
     result: dict[str, Any] = {
@@ -107,7 +112,7 @@ def measure(workload: Workload, repeats: int = 5) -> dict[str, Any]:
             seconds["all_command"], seconds["floor"], factor=1 / count
         )
     result["released_way_vs_ours"] = ratio(seconds["released"], seconds[all_of], factor=scale * count)
-    result["peers"] = {name: ratio(seconds[name], seconds["floor"]) for name in others} | absent
+    result["peers"] = {name: ratio(seconds[name], seconds["floor"]) for name in others} | absent | failed
     return result
 
 

@@ -50,10 +50,10 @@ class Shape:
 
 SHAPES: dict[str, Shape] = {
     "test": Shape(32, 64, 2, 4, 2, 2200, 2),
-    "tiny": Shape(256, 1024, 8, 8, 4, 8000, 32),
-    "small": Shape(512, 2048, 6, 8, 4, 8000, 16),
-    "hidden-1024": Shape(1024, 4096, 4, 16, 8, 8000, 12),
-    "hidden-2048": Shape(2048, 8192, 2, 32, 8, 8000, 8),
+    "tiny": Shape(256, 1024, 8, 8, 4, 8000, 16),
+    "small": Shape(512, 2048, 6, 8, 4, 8000, 12),
+    "hidden-1024": Shape(1024, 4096, 4, 16, 8, 8000, 8),
+    "hidden-2048": Shape(2048, 8192, 2, 32, 8, 8000, 6),
     "llama-3.2-3b": Shape(3072, 8192, 28, 24, 8, 128256, 128, tied=True, tuned="adapter"),
     "qwen2.5-7b": Shape(3584, 18944, 28, 28, 4, 152064, 96, kind="qwen2", tuned="adapter"),
     "llama-3.1-8b": Shape(4096, 14336, 32, 32, 8, 128256, 96, tuned="adapter"),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from pnlac_fast.benchmarking import baselines, localise, memory
+from pnlac_fast.benchmarking import baselines, localise, memory, peers
 from pnlac_fast.benchmarking.agreement import Statistics, distance
 from pnlac_fast.benchmarking.timing import interleaved, ratio
 from pnlac_fast.benchmarking.workloads import OWN, SHAPES, TOPICS, Workload, make_questions, make_workload
 from pnlac_fast.errors import UserError
+from pnlac_fast.models import Model
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,47 @@ def test_distance_sees_each_figure_and_is_nan_for_nan(workload: Workload) -> Non
         other = figures | {name: figures[name] * 1.01 + 1e-3}
         assert distance(figures, other) > 1e-4
     assert np.isnan(distance(figures, figures | {"rms": figures["rms"] * np.nan}))
+
+
+def hooked(scale: float) -> Callable[[Model], peers.Reader]:
+    """A peer that is plain hooks; ``scale`` other than 1 makes it wrong."""
+
+    def wrap(model: Model) -> peers.Reader:
+        def read(batch: baselines.Padded) -> list[torch.Tensor]:
+            seen: list[torch.Tensor] = []
+            with model.tapped("mlp_mid", lambda _, a: seen.append(scale * a)):
+                model.hf(**batch.inputs())
+            return seen
+
+        return read
+
+    return wrap
+
+
+def broken(model: Model) -> peers.Reader:
+    raise AttributeError("LlamaModel has no h\nsecond line")
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_peers_that_run_and_agree_are_timed_and_the_others_say_why_not(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    named = {"json": hooked(1), "csv": hooked(1.01), "ast": broken, "no_such_module": hooked(1)}
+    monkeypatch.setattr(peers, "PACKAGES", named)  # the names of modules that exist, and of one that does not
+    work = make_workload("test", tuned=1, questions=7, kind=kind)  # 42 prompts: the second batch is a small one
+    found = localise.measure(work, repeats=1)["peers"]
+    assert found["json"]["repeats"] == 1
+    assert found["no_such_module"] == "not installed"
+    assert found["ast"] == "AttributeError: LlamaModel has no h"
+    assert "'csv' differs by" in found["csv"]
+
+
+@pytest.mark.parametrize("name", peers.PACKAGES)
+def test_an_installed_peer_agrees(name: str, workload: Workload) -> None:
+    pytest.importorskip(name)
+    ready, absent = peers.prepare(workload.first(1))
+    assert name not in absent
+    localise.check(workload.first(1), {"ours": localise.ours(workload.first(1)), name: ready[name]})
 
 
 def test_the_floor_runs_both_models_over_every_token_with_the_head(workload: Workload) -> None:
