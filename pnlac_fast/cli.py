@@ -208,6 +208,13 @@ def patch(direction: tuple[str, ...], kind: tuple[str, ...], as_json: bool, **gi
     needs=("inhibit", ()),
     help="Freeze these neurons, or train only these.",
 )
+@option(
+    "--inhibit-factor",
+    default=0.0,
+    show_default=True,
+    needs=("inhibit", ()),
+    help="Share of each step that they still take: 0 freezes them, 1 is plain tuning.",
+)
 @option("--probe", help="Held-out questions on which the stance is measured along the way.")
 @option("--points", default=10, show_default=True, needs=("probe", ()), help="How often, about.")
 @option("--normalise", default="token", show_default=True, needs=("probe", ()), help=NORMALISE)
