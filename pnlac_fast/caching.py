@@ -5,22 +5,28 @@ from __future__ import annotations
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from tqdm import tqdm
 
 from pnlac_fast import ops, prompts
-from pnlac_fast.capture import RAW, accumulate, raw_positions
+from pnlac_fast.capture import RAW, Sums, accumulate, raw_positions
 from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint
 from pnlac_fast.errors import Interrupted, UserError, unknown
 from pnlac_fast.models import SITES, Model, open_models
+from pnlac_fast.passes import SHORTCUTS, usable
 from pnlac_fast.prompts import DEFAULT_TEMPLATE, TOKENS, Text
 from pnlac_fast.provenance import provenance
-from pnlac_fast.store import Layout, Unit, open_writer
+from pnlac_fast.store import Layout, Unit, Writer, open_writer
+from pnlac_fast.store import info as stored
 
+DECISIVE = ("share", "pack", "fuse", "stop")  # shortcuts that decide how sums are rounded
 RAW_UNIT_BYTES = 256 << 20  # raw activations of one unit and model are held in memory until it is committed
 
 
@@ -36,9 +42,10 @@ def cache(
     template: str = DEFAULT_TEMPLATE,
     count_template: bool = False,
     side: str = "both",
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     unit_tokens: int = 16384,
     engine: str = "auto",
+    without: Sequence[str] = (),
     overwrite: bool = False,
     dry_run: bool = False,
     progress: bool | None = None,
@@ -64,9 +71,14 @@ def cache(
     side
         Which completions are read where "completion" or "all" is asked for: "right", "left" or "both".
     batch_tokens, unit_tokens
-        Padded tokens of one forward pass, and tokens of one unit of work (what an interruption can cost).
+        Tokens of one forward pass, and of one unit of work (what an interruption can cost). Default: as many a pass as
+        a quarter of the free memory holds, at most 4096 on the CPU and 16384 elsewhere; in a run that is resumed, as
+        before.
     engine
         Engine of :func:`pnlac_fast.ops.contrast`.
+    without
+        Names of :data:`pnlac_fast.passes.SHORTCUTS` not to take: "share", "pack", "fuse", "stop", "base", "overlap".
+        Each saves work and changes results by rounding only. Models that do not bear one do without it by themselves.
     overwrite, dry_run
         Start anew where a store exists; or only say what the run would read and write.
     progress
@@ -98,6 +110,11 @@ def cache(
         raise unknown("raw mode", raw, RAW)
     if engine not in ("auto", *ops.engines()):
         raise unknown("engine", engine, ("auto", *ops.engines()))
+    for name in without:
+        if name not in SHORTCUTS:
+            raise unknown("shortcut", name, SHORTCUTS)
+    if batch_tokens is not None and batch_tokens < 1:
+        raise UserError(f"A pass of {batch_tokens} tokens reads nothing: give --batch-tokens 1 or more.")
     if not tuned:
         raise UserError("There is no tuned model to contrast with: give at least one --tuned.")
     questions = as_questions(data)
@@ -114,6 +131,12 @@ def cache(
     if raw == "full":
         unit_tokens = min(unit_tokens, max(256, RAW_UNIT_BYTES // (4 * len(base.blocks) * sum(widths.values()))))
     units = [unit for topic, texts in grouped.items() for unit in plan(topic, texts, unit_tokens, raw)]
+    longest = max(len(text.ids) for texts in grouped.values() for text in texts)
+    taken = [name for name in SHORTCUTS if name not in without]
+    for each in (base, *models.values()):
+        taken = usable(each, taken, longest=longest, engine=engine)
+    if batch_tokens is None:
+        batch_tokens = (not overwrite and _recorded(out)) or _budget(base, sum(widths.values()))
     layout = Layout(
         topics=tuple(grouped),
         models=tuple(models),
@@ -131,6 +154,7 @@ def cache(
             "count_template": count_template,
             "side": completions,
             "batch_tokens": batch_tokens,
+            "shortcuts": [name for name in taken if name in DECISIVE],
         },
     )
     read = sum(len(text.ids) for texts in grouped.values() for text in texts)
@@ -156,6 +180,7 @@ def cache(
     }
     origin = provenance(
         engine=engine,
+        shortcuts=taken,
         device=str(base.device),
         base=base.origin,
         tuned={name: m.origin for name, m in models.items()},
@@ -171,29 +196,76 @@ def cache(
             total=len(units),
             disable=None if progress is None else not progress,
         )
-        try:
+        with _commits(writer, overlap="overlap" in taken, out=out) as commit:
             for number in bar:
                 unit = units[number]
                 block = range(unit.first, unit.first + unit.count)
-                texts = [text for text in grouped[unit.topic] if text.question in block]
                 sums = accumulate(
                     base,
                     models,
-                    texts,
+                    [text for text in grouped[unit.topic] if text.question in block],
                     sites=sites,
                     tokens=tokens,
                     raw=raw,
                     batch_tokens=batch_tokens,
                     engine=engine,
                     first_example=first_question[unit.topic],
+                    shortcuts=taken,
                 )
-                with _undisturbed():
-                    writer.commit(number, sums.counts, sums.base, sums.tuned, rows=sums.rows, raw=sums.raw)
-        except KeyboardInterrupt as error:
-            raise Interrupted(f"Stopped. Run the same command again to go on with '{out}'.") from error
+                commit(number, sums)
         with _undisturbed():
             writer.finish()
     return result
+
+
+@contextmanager
+def _commits(writer: Writer, *, overlap: bool, out: str | Path) -> Iterator[Callable[[int, Sums], None]]:
+    """A function that commits a unit, in the background while the next one is computed; one waits at the most.
+
+    What is under way when the block ends, by whatever cause, is finished first.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        running: Future[None] | None = None
+
+        def settle() -> None:
+            nonlocal running
+            last, running = running, None
+            if last is not None:
+                with _undisturbed():
+                    last.result()
+
+        def commit(number: int, sums: Sums) -> None:
+            nonlocal running
+            settle()
+            with _undisturbed():  # else a signal could come between the start and the note of it
+                running = pool.submit(writer.commit, number, sums.counts, sums.base, sums.tuned, sums.rows, sums.raw)
+            if not overlap:
+                settle()
+
+        try:
+            yield commit
+            settle()
+        except KeyboardInterrupt as error:
+            settle()
+            raise Interrupted(f"Stopped. Run the same command again to go on with '{out}'.") from error
+
+
+def _recorded(out: str | Path) -> int | None:
+    """The tokens of a pass in the store that is there, if there is one."""
+    if not (Path(out) / "zarr.json").is_file():
+        return None
+    return stored(out).get("settings", {}).get("batch_tokens")
+
+
+def _budget(model: Model, neurons: int) -> int:
+    """Tokens of a pass, a power of two: a quarter of the free memory, for what base keeps of a pass and one block."""
+    if model.device.type == "cuda":
+        free, most = torch.cuda.mem_get_info(model.device)[0], 16384
+    else:
+        free, most = psutil.virtual_memory().available, 4096
+    widest = max(model.width("mlp_mid"), neurons)
+    token = model.hf.dtype.itemsize * (len(model.blocks) * neurons + 4 * widest + 8 * model.width("resid"))
+    return 2 ** max(6, min(most, free // 4 // token).bit_length() - 1)
 
 
 @contextmanager

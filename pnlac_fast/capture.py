@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +12,13 @@ from torch import Tensor
 from pnlac_fast import ops, prompts
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
-from pnlac_fast.prompts import Text
+from pnlac_fast.packing import Pack, packs
+from pnlac_fast.passes import SHORTCUTS, run
+from pnlac_fast.prompts import Batch, Text
 
 RAW = ("none", "last", "full")
 BASE, TUNED = [0, 2], [1, 3, 4]  # where ops.contrast keeps the sums of base, and those of tuned and difference
+DENSE = 0.25  # share of counted rows from which the sums are taken up while the MLP computes them
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,33 @@ class Sums:
     raw: dict[tuple[str, str], np.ndarray]
 
 
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """Which rows of a batch count, on the device of the model.
+
+    Attributes
+    ----------
+    take
+        int64 [kept], ascending: the rows that are read at all.
+    rows, offsets
+        int64 [selected] and [tokens + 1]: what each selector counts, as indices into ``take``; one that stands for
+        several texts is there as often.
+    keep
+        int64 [raw]: the rows that are stored raw, as indices into ``take``.
+    counts
+        float32 [tokens, row]: how often each row of the batch counts; None where few rows do.
+    place
+        int64 [row]: index into ``take``, -1 for a row that does not count.
+    """
+
+    take: Tensor
+    rows: Tensor
+    offsets: Tensor
+    keep: Tensor
+    counts: Tensor | None
+    place: Tensor
+
+
 def accumulate(
     base: Model,
     tuned: Mapping[str, Model],
@@ -56,8 +84,16 @@ def accumulate(
     batch_tokens: int = 4096,
     engine: str = "auto",
     first_example: int = 0,
+    shortcuts: Collection[str] = SHORTCUTS,
 ) -> Sums:
     """Run base and every tuned model over ``texts`` and return their additive sums.
+
+    Parameters
+    ----------
+    batch_tokens
+        Tokens of one forward pass.
+    shortcuts
+        Which of :data:`pnlac_fast.passes.SHORTCUTS` to take. They save work and change results by rounding only.
 
     Raises
     ------
@@ -74,54 +110,30 @@ def accumulate(
     counts = np.zeros(groups, np.int64)
     table: list[np.ndarray] = []
     kept: dict[tuple[str, str], list[np.ndarray]] = {}
-    side = getattr(base.tokenizer, "padding_side", "right")
-    packed = prompts.batches([t.ids for t in texts], batch_tokens, padding_side=side, device=base.device)
-    for batch in packed:
+    for batch in _batches(base, texts, batch_tokens, shortcuts):
         chosen = [texts[i] for i in batch.index]
-        length = batch.ids.shape[1]
-        shift = [length - len(t.ids) if side == "left" else 0 for t in chosen]
-        selected = [
-            [row * length + shift[row] + p for row, text in enumerate(chosen) for p in text.positions(name)]
-            for name in tokens
-        ]
-        stored = [(row, p) for row, text in enumerate(chosen) for p in raw_positions(text, raw)]
-        stored_flat = [row * length + shift[row] + p for row, p in stored]
-        union = sorted({*stored_flat, *(flat for group in selected for flat in group)})
-        if not union:
+        flat = [[batch.rows[n][p] for n, t in enumerate(chosen) for p in t.positions(name)] for name in tokens]
+        stored = [(n, p) for n, text in enumerate(chosen) for p in raw_positions(text, raw)]
+        selection = _select(batch, flat, [batch.rows[n][p] for n, p in stored], base.device)
+        if not len(selection.take):
             continue
-        place = {flat: i for i, flat in enumerate(union)}
-        rows = torch.tensor([place[flat] for group in selected for flat in group], device=base.device)
-        offsets = torch.tensor([0, *np.cumsum([len(g) for g in selected])], device=base.device)
-        take = torch.tensor(union, device=base.device)
-        keep = torch.tensor([place[flat] for flat in stored_flat], dtype=torch.int64, device=base.device)
-        counts += [len(group) for group in selected]
-        table.append(
-            np.array([[first_example + chosen[r].question, p, chosen[r].ids[p]] for r, p in stored], np.int32).reshape(
-                -1, 3
-            )
-        )
-
-        reference = _read(base, batch, sites, take)
+        counts += [len(group) for group in flat]
+        table.append(_table(stored, chosen, first_example))
+        reference: dict[tuple[str, int], Tensor] = {}
         for m, (name, model) in enumerate(tuned.items()):
-            streams = _read(model, batch, sites, take)
-            for (site, layer), b in streams.items():
-                ops.contrast(reference[site, layer], b, rows, offsets, state[site][m, layer], engine=engine)
-            if raw != "none":
-                _keep(kept, name, streams, sites, layers, keep)
+            if not m or "base" not in shortcuts:
+                reference = _read(base, batch, sites, selection, shortcuts)
+            sums = {site: sums[m] for site, sums in state.items()}
+            keep = raw != "none"
+            streams = _contrast(model, batch, sites, selection, reference, sums, engine, shortcuts, keep)
+            _keep(kept, name, streams, layers)
         if raw != "none":
-            _keep(kept, "base", reference, sites, layers, keep)
+            _keep(kept, "base", {at: rows[selection.keep] for at, rows in reference.items()}, layers)
 
     expected = [sum(len(text.positions(name)) for text in texts) for name in tokens]
     if counts.tolist() != expected:
         raise RuntimeError(f"counted {counts.tolist()} tokens, the texts have {expected}: please report this")
-    for site, sums in state.items():
-        if not torch.isfinite(sums).all():
-            m, layer = (~torch.isfinite(sums)).nonzero()[0, :2].tolist()
-            at_base = not torch.isfinite(sums[m, layer][:, BASE]).all()
-            raise UserError(
-                f"The activations of {'the base model' if at_base else repr(list(tuned)[m])} at {site}, layer {layer}, "
-                f"are not finite: try --dtype float32, or check its weights."
-            )
+    _check_finite(state, list(tuned))
     host = {site: sums.cpu().numpy() for site, sums in state.items()}  # [model, layer, tokens, 5, neuron]
     rows_table = np.concatenate(table) if table else np.zeros((0, 3), np.int32)
     return Sums(
@@ -133,43 +145,120 @@ def accumulate(
     )
 
 
-def _read(model: Model, batch: prompts.Batch, sites: Sequence[str], take: Tensor) -> dict[tuple[str, int], Tensor]:
-    """One forward pass without the LM head; the rows ``take`` of each site and layer, [row, neuron]."""
+def _batches(base: Model, texts: Sequence[Text], budget: int, shortcuts: Collection[str]) -> Iterator[Batch | Pack]:
+    ids = [text.ids for text in texts]
+    if "pack" in shortcuts:
+        return packs(ids, budget, share="share" in shortcuts, device=base.device)
+    side = getattr(base.tokenizer, "padding_side", "right")
+    return prompts.batches(ids, budget, padding_side=side, device=base.device)
+
+
+def _select(batch: Batch | Pack, flat: Sequence[Sequence[int]], raw: Sequence[int], device: torch.device) -> Selection:
+    """What the selectors count and what is stored raw, both as rows of the batch."""
+    take = sorted({*raw, *(row for group in flat for row in group)})
+    place = torch.full((batch.ids.numel(),), -1, dtype=torch.int64)
+    place[take] = torch.arange(len(take))
+    rows = torch.tensor([row for group in flat for row in group], dtype=torch.int64)
+    lengths = torch.tensor([len(group) for group in flat])
+    counts = None
+    if len(take) >= DENSE * len(place):
+        counts = torch.zeros(len(flat), len(place))
+        counts.index_put_((torch.arange(len(flat)).repeat_interleave(lengths), rows), torch.ones(1), accumulate=True)
+        counts = counts.to(device)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    keep = place[torch.tensor(raw, dtype=torch.int64)]
+    kept, rows, offsets, keep, place = (
+        t.to(device) for t in (torch.tensor(take, dtype=torch.int64), place[rows], offsets, keep, place)
+    )
+    return Selection(kept, rows, offsets, keep, counts, place)
+
+
+def _read(
+    model: Model, batch: Batch | Pack, sites: Sequence[str], selection: Selection, shortcuts: Collection[str]
+) -> dict[tuple[str, int], Tensor]:
+    """The taken rows of each site and layer in one pass, [kept, neuron]."""
     seen: dict[tuple[str, int], Tensor] = {}
-    visits = 0
 
-    def visitor(site: str) -> Any:
-        def visit(layer: int, activation: Tensor) -> None:
-            nonlocal visits
-            visits += 1
-            seen[site, layer] = activation.flatten(0, 1).index_select(0, take)
+    def visit(site: str, layer: int, activation: Tensor, taken: bool) -> None:
+        seen[site, layer] = activation.clone() if taken else activation.index_select(0, selection.take)
 
-        return visit
-
-    with torch.inference_mode(), model.active() as hf, ExitStack() as taps:
-        for site in sites:
-            taps.enter_context(model.tapped(site, visitor(site)))
-        hf.get_decoder()(**batch.inputs(), use_cache=False)
-    if visits != len(sites) * len(model.blocks) or len(seen) != visits:
-        raise RuntimeError(
-            f"{visits} sites were visited in a pass of '{model.name}', expected {len(sites) * len(model.blocks)}: "
-            f"its layers are skipped or run twice, so its statistics would be wrong"
-        )
+    run(model, batch, sites, visit, take=selection.take, shortcuts=shortcuts)
     return seen
 
 
-def _keep(
-    kept: dict[tuple[str, str], list[np.ndarray]],
-    name: str,
-    streams: Mapping[tuple[str, int], Tensor],
+def _contrast(
+    model: Model,
+    batch: Batch | Pack,
     sites: Sequence[str],
-    layers: int,
-    keep: Tensor,
+    selection: Selection,
+    reference: Mapping[tuple[str, int], Tensor],
+    sums: Mapping[str, Tensor],
+    engine: str,
+    shortcuts: Collection[str],
+    keep: bool,
+) -> dict[tuple[str, int], Tensor]:
+    """Add what one pass contrasts with ``reference`` to ``sums`` [layer, tokens, 5, neuron]; the raw rows, if kept."""
+    kept: dict[tuple[str, int], Tensor] = {}
+    counts, all_taken = selection.counts, torch.arange(len(selection.take), device=selection.take.device)
+    dense = counts is not None and "fuse" in shortcuts and "mlp_mid" in sites
+
+    def middle(layer: int, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        assert counts is not None
+        whole = len(gate) == len(selection.place)
+        return ops.swiglu_contrast(
+            gate,
+            up,
+            reference["mlp_mid", layer],
+            selection.place if whole else all_taken,
+            counts if whole else counts[:, selection.take],
+            sums["mlp_mid"][layer],
+            activation,
+            engine=engine,
+        )
+
+    def visit(site: str, layer: int, activation: Tensor, taken: bool) -> None:
+        rows = all_taken if taken else selection.take
+        if not (dense and site == "mlp_mid"):
+            ops.contrast(
+                reference[site, layer],
+                activation,
+                rows[selection.rows],
+                selection.offsets,
+                sums[site][layer],
+                base_rows=selection.rows,
+                engine=engine,
+            )
+        if keep:
+            kept[site, layer] = activation[rows[selection.keep]]
+
+    run(model, batch, sites, visit, take=selection.take, middle=middle if dense else None, shortcuts=shortcuts)
+    return kept
+
+
+def _keep(
+    kept: dict[tuple[str, str], list[np.ndarray]], name: str, streams: Mapping[tuple[str, int], Tensor], layers: int
 ) -> None:
     """Append the raw rows of one pass, float32 [layer, row, neuron], to what is kept of a model."""
-    for site in sites:
-        block = torch.stack([streams[site, layer].index_select(0, keep) for layer in range(layers)])
+    for site in {site for site, _ in streams}:
+        block = torch.stack([streams[site, layer] for layer in range(layers)])
         kept.setdefault((name, site), []).append(block.float().cpu().numpy())
+
+
+def _check_finite(state: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    for site, sums in state.items():
+        if not torch.isfinite(sums).all():
+            m, layer = (~torch.isfinite(sums)).nonzero()[0, :2].tolist()
+            at_base = not torch.isfinite(sums[m, layer][:, BASE]).all()
+            raise UserError(
+                f"The activations of {'the base model' if at_base else repr(names[m])} at {site}, layer {layer}, "
+                f"are not finite: try --dtype float32, or check its weights."
+            )
+
+
+def _table(stored: Sequence[tuple[int, int]], texts: Sequence[Text], first_example: int) -> np.ndarray:
+    """int32 [row, 3]: example, position and token id of the raw rows, given as (text, position)."""
+    rows = [(first_example + texts[n].question, p, texts[n].ids[p]) for n, p in stored]
+    return np.array(rows, np.int32).reshape(-1, 3)
 
 
 def raw_positions(text: Text, raw: str) -> Sequence[int]:

@@ -88,9 +88,14 @@ def commands() -> None:
     help="Completions to read: right, left or both.",
 )
 @option("--count-template", is_flag=True, needs=("tokens", ("prompt", "all")), help="Count template text as prompt.")
-@batch_option
+@option(
+    "--batch-tokens",
+    type=int,
+    help="Tokens of one forward pass. Default: what free memory holds, up to 4096, or 16384 on a GPU.",
+)
 @option("--unit-tokens", default=16384, show_default=True, help="Tokens of one unit: what an interruption can cost.")
 @option("--engine", default="auto", show_default=True, help="Engine of the sums: see pnlac-fast env.")
+@names("--without", None, "Shortcuts not to take: share, pack, fuse, stop, base, overlap. They change rounding only.")
 @option("--overwrite", is_flag=True, help="Start anew where the store exists.")
 @option("--dry-run", is_flag=True, help="Only say what would be read and written.")
 @as_json
@@ -207,13 +212,6 @@ def patch(direction: tuple[str, ...], kind: tuple[str, ...], as_json: bool, **gi
     type=click.Choice(["freeze", "specific"]),
     needs=("inhibit", ()),
     help="Freeze these neurons, or train only these.",
-)
-@option(
-    "--inhibit-factor",
-    default=0.0,
-    show_default=True,
-    needs=("inhibit", ()),
-    help="Share of each step that they still take: 0 freezes them, 1 is plain tuning.",
 )
 @option("--probe", help="Held-out questions on which the stance is measured along the way.")
 @option("--points", default=10, show_default=True, needs=("probe", ()), help="How often, about.")
@@ -353,7 +351,7 @@ def env(model: str | None, as_json: bool) -> None:
 @option("--threads", default=1, show_default=True, help="Threads on the CPU.")
 @option("--repeats", default=5, show_default=True, help="Rounds; ratios are taken within a round.")
 @option("--questions", type=int, help="Questions of each of six topics. Default: by shape, for seconds a pass.")
-@names("--only", None, "localise, contrast_kernel, memory. Default: all.")
+@names("--only", None, "localise, memory. Default: all.")
 @as_json
 def bench(shape: tuple[str, ...], only: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Measure speed and memory on this machine. Against others and itself; results are checked first."""

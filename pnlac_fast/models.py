@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pnlac_fast.errors import UserError, unknown
 
 SITES = ("mlp_mid", "mlp_out", "resid")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 FINETUNE_FILE = "pnlac.json"  # written beside every fine-tuned model: what it was tuned on, and how
 
 
@@ -137,6 +139,53 @@ class Model:
         finally:
             for tap in taps:
                 tap.remove()
+
+    @contextmanager
+    def trimmed(self, layer: int, rows: Tensor) -> Iterator[None]:
+        """Let the MLP of a layer compute only ``rows``, int64 [kept], of all rows of its batch, as [1, kept, neuron].
+
+        What comes behind that MLP does not fit any more, so the pass must end in it.
+        """
+
+        def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0].flatten(0, 1).index_select(0, rows)[None], *args[1:])
+
+        mlp: Any = self.blocks[layer].mlp
+        hook = mlp.register_forward_pre_hook(before)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @property
+    def activation(self) -> str | None:
+        """The activation of the MLPs, by its name in :func:`pnlac_fast.ops.swiglu`.
+
+        None if it is not there, or if something has replaced the forward function of an MLP.
+        """
+        names = {ACTIVATIONS.get(type(getattr(block.mlp, "act_fn", None)).__name__) for block in self.blocks}
+        replaced = any("forward" in vars(block.mlp) for block in self.blocks)
+        return names.pop() if len(names) == 1 and not replaced else None
+
+    @contextmanager
+    def gated(self, middle: Callable[[int, Tensor, Tensor, str], Tensor]) -> Iterator[None]:
+        """Let ``middle(layer, gate, up, activation)`` compute act(gate) * up of every MLP, each [row, neuron]."""
+        activation = self.activation
+        assert activation is not None
+
+        def forward(mlp: Any, layer: int, x: Tensor) -> Tensor:
+            gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+            mid = middle(layer, gate.flatten(0, -2), up.flatten(0, -2), activation)
+            return mlp.down_proj(mid.view(gate.shape))
+
+        mlps: list[Any] = [block.mlp for block in self.blocks]
+        try:
+            for layer, mlp in enumerate(mlps):
+                mlp.forward = partial(forward, mlp, layer)
+            yield
+        finally:
+            for mlp in mlps:
+                vars(mlp).pop("forward", None)
 
     def _tap(self, site: str, layer: int, visit: Callable[[int, Tensor], Tensor | None]) -> Any:
         if site == "mlp_mid":

@@ -75,9 +75,13 @@ class Text:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences padded to one length: ``ids``, ``mask`` and ``positions`` are int64 [sequence, position]."""
+    """Sequences padded to one length: ``ids``, ``mask`` and ``positions`` are int64 [sequence, position].
+
+    ``rows`` holds, for each sequence, the row of every token of its own when all positions are one long row.
+    """
 
     index: tuple[int, ...]
+    rows: tuple[Sequence[int], ...]
     ids: Tensor
     mask: Tensor
     positions: Tensor
@@ -211,9 +215,12 @@ def batches(
         index, order = order[: (size := max(1, budget // longest))], order[size:]
         padded = torch.full((len(index), longest), pad, dtype=torch.int64)
         mask = torch.zeros_like(padded)
+        rows = []
         for row, i in enumerate(index):
-            span = slice(longest - len(ids[i]), None) if padding_side == "left" else slice(0, len(ids[i]))
+            start = longest - len(ids[i]) if padding_side == "left" else 0
+            span = slice(start, start + len(ids[i]))
             padded[row, span] = torch.tensor(ids[i])
             mask[row, span] = 1
+            rows.append(range(row * longest + start, row * longest + span.stop))
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        yield Batch(tuple(index), padded.to(device), mask.to(device), positions.to(device))
+        yield Batch(tuple(index), tuple(rows), padded.to(device), mask.to(device), positions.to(device))

@@ -5,7 +5,7 @@ Triton kernels for CUDA (``triton/``).
 """
 
 from pnlac_fast.ops.dispatch import engines
-from pnlac_fast.ops.fused import swiglu_contrast
+from pnlac_fast.ops.fused import fuses, swiglu_contrast
 from pnlac_fast.ops.masked import masked_adamw, masked_sgd
 from pnlac_fast.ops.sums import contrast, moments
 from pnlac_fast.ops.swiglu import swiglu, swiglu_backward
@@ -13,6 +13,7 @@ from pnlac_fast.ops.swiglu import swiglu, swiglu_backward
 __all__ = [
     "contrast",
     "engines",
+    "fuses",
     "masked_adamw",
     "masked_sgd",
     "moments",

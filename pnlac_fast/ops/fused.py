@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pnlac_fast.ops import checks, reference
-from pnlac_fast.ops.dispatch import define
+from pnlac_fast.ops.dispatch import PREFERRED, define, engines
 from pnlac_fast.ops.swiglu import check_swiglu
 
 
@@ -114,3 +114,9 @@ _SWIGLU_CONTRAST = define(
     check=_fake,
     cpp=False,
 )
+
+
+def fuses(device: torch.device, engine: str = "auto") -> bool:
+    """Whether a compiled engine computes :func:`swiglu_contrast` on a device; the reference in torch saves nothing."""
+    compiled = [e for e in PREFERRED.get(device.type, ()) if e in _SWIGLU_CONTRAST.engines and e != "torch"]
+    return any(engines()[e] == "available" and engine in ("auto", e) for e in compiled)

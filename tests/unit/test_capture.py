@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +20,8 @@ from pnlac_fast.capture import accumulate
 from pnlac_fast.datasets import Question
 from pnlac_fast.errors import Interrupted, UserError
 from pnlac_fast.models import SITES, Model, load_model, load_tuned
+from pnlac_fast.ops import fuses
+from pnlac_fast.passes import SHORTCUTS, usable
 from pnlac_fast.prompts import TOKENS, encode
 
 TEMPLATE = "Q : {instruction} A :"
@@ -131,6 +136,82 @@ def test_batches_and_padding_do_not_matter(model_paths, questions, side: str, ba
         assert (np.abs(mine["mlp_mid"] - theirs["mlp_mid"]) <= 1e-5 * scale).all()
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("sites", "side", "raw"),
+    [(("mlp_mid",), "both", "none"), (("mlp_out", "mlp_mid"), "none", "full"), (SITES, "left", "last")],
+)
+def test_every_shortcut_changes_rounding_only(model_paths, questions, kind: str, sites, side: str, raw: str) -> None:
+    base = load_model(model_paths[kind], dtype="float32", device="cpu")
+    tuned = {"t": load_tuned(base, model_paths[f"{kind}_tuned"]), "again": base}
+    texts = encode(base.tokenizer, questions[:7], TEMPLATE, side=side, count_template=True)
+    options: dict[str, Any] = {"sites": sites, "tokens": TOKENS, "batch_tokens": 70, "raw": raw}
+    plain = accumulate(base, tuned, texts, shortcuts=(), **options)
+    taken = usable(base, SHORTCUTS, longest=40)
+    assert set(taken) == {name for name in SHORTCUTS if name != "fuse" or fuses(base.device)}
+    for shortcuts in (taken, *([name] if name != "share" else ["pack", "share"] for name in taken)):
+        sums = accumulate(base, tuned, texts, shortcuts=shortcuts, **options)
+        assert sums.counts.tolist() == plain.counts.tolist()
+        for site in sites:
+            for mine, theirs in ((sums.base[site], plain.base[site]), (sums.tuned[site], plain.tuned[site])):
+                scale = np.abs(theirs).max(-1, keepdims=True)
+                assert (np.abs(mine - theirs) <= 1e-5 * scale).all()
+            score, wanted = (s.tuned[site][0, :, 2].reshape(len(TOKENS), -1) for s in (sums, plain))
+            top = score.shape[1] // 10
+            for row, truth in zip(score, wanted, strict=True):
+                assert set(np.argsort(-row)[:top]) == set(np.argsort(-truth)[:top])
+        if raw == "none":
+            continue
+        order, other = (np.lexsort(list(s.rows.values())) for s in (sums, plain))
+        for column in sums.rows:
+            assert sums.rows[column][order].tolist() == plain.rows[column][other].tolist()
+        for key, truth in plain.raw.items():
+            assert np.allclose(sums.raw[key][:, order], truth[:, other], rtol=0, atol=1e-5 * np.abs(truth).max())
+
+
+def test_shortcuts_save_the_work_they_name(model_paths, questions, monkeypatch) -> None:
+    base = load_model(model_paths["llama"])
+    tuned = {name: load_tuned(base, model_paths["llama_tuned"], name=name) for name in ("t", "u")}
+    texts = encode(base.tokenizer, questions[:7], TEMPLATE, side="both")
+    seen: dict[str, int] = {}
+
+    def count(name: str, model: Model, module: torch.nn.Module) -> None:
+        def add(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+            seen[name] = seen.get(name, 0) + inputs[0].shape[:-1].numel()
+
+        module.register_forward_pre_hook(add)
+
+    count("first", base, base.blocks[0].mlp.down_proj)
+    count("last", base, base.blocks[-1].mlp.gate_proj)
+    count("behind", base, base.blocks[-1].mlp.down_proj)
+    count("head", base, base.hf.lm_head)
+    count("tuned", tuned["u"], tuned["u"].blocks[0].mlp.down_proj)
+
+    def rows(shortcuts: Sequence[str]) -> dict[str, int]:
+        seen.clear()
+        accumulate(base, tuned, texts, batch_tokens=10_000, shortcuts=shortcuts)
+        return dict(seen)
+
+    own = sum(len(t.ids) for t in texts)
+    padded = len(texts) * max(len(t.ids) for t in texts)
+    distinct = len({t.ids[: n + 1] for t in texts for n in range(len(t.ids))})
+    assert distinct < own / 2 < own < padded
+    assert rows(["base"]) == dict.fromkeys(("first", "last", "behind", "head", "tuned"), padded)
+    assert rows([]) == {
+        "first": 2 * padded,
+        "last": 2 * padded,
+        "behind": 2 * padded,
+        "head": 2 * padded,
+        "tuned": padded,
+    }
+    assert rows(["base", "pack"])["first"] == own
+    assert rows(["base", "pack", "share"])["first"] == distinct
+    stopped = rows(["base", "pack", "share", "stop"])
+    assert stopped["last"] == 7  # the last prompt position of each question
+    assert "head" not in stopped
+    assert stopped["tuned"] == distinct
+
+
 def test_adapters_are_contrasted_on_shared_weights(model_paths, adapter_paths, questions, tmp_path: Path) -> None:
     out = tmp_path / "s.zarr"
     cache(model_paths["llama"], adapter_paths, questions, out, tokens=("prompt",))
@@ -221,6 +302,41 @@ def test_raw_activations_are_the_models_own(model_paths, questions, tmp_path: Pa
                 assert row.sizes["token"] == len(prompt) + answers
 
 
+def test_a_resumed_run_keeps_its_pass_whatever_memory_is_free(model_paths, questions, tmp_path, monkeypatch) -> None:
+    out, arguments = tmp_path / "s.zarr", (model_paths["llama"], {"t": model_paths["llama_tuned"]}, questions)
+    cache(*arguments, out)
+    before = stores.info(out)["settings"]
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1 << 19))
+    cache(*arguments, out)
+    assert stores.info(out)["settings"] == before
+    cache(*arguments, tmp_path / "t.zarr")
+    small = stores.info(tmp_path / "t.zarr")["settings"]["batch_tokens"]
+    assert 64 <= small < before["batch_tokens"] <= 4096
+    assert np.log2(small) % 1 == 0
+
+
+@pytest.mark.parametrize("without", [(), ("overlap",)])
+def test_a_commit_that_fails_in_the_background_is_reported(
+    model_paths, questions, tmp_path, monkeypatch, without
+) -> None:
+    out, real, calls = tmp_path / "s.zarr", stores.Writer.commit, []
+
+    def full(self, unit, *args, **kwargs):  # type: ignore[no-untyped-def]
+        calls.append(unit)
+        if len(calls) == 2:
+            raise stores.StoreError("the disk is full")
+        return real(self, unit, *args, **kwargs)
+
+    arguments = (model_paths["llama"], {"t": model_paths["llama_tuned"]}, questions, out)
+    monkeypatch.setattr(stores.Writer, "commit", full)
+    with pytest.raises(stores.StoreError, match="the disk is full"):
+        cache(*arguments, unit_tokens=30, without=without)
+    assert stores.info(out)["units_done"] == 1
+    assert len(calls) == 2
+    cache(*arguments, unit_tokens=30, without=without)
+    assert stores.info(out)["complete"]
+
+
 def test_units_cover_every_question_once(llama: Model, questions) -> None:
     texts = encode(llama.tokenizer, questions[:7], side="both")
     units = list(plan("race", texts, 40, "full"))
@@ -288,6 +404,8 @@ def test_a_layer_that_does_not_run_is_an_error(model_paths, questions, tmp_path:
         ({"tokens": ("last", "last")}, "once"),
         ({"raw": "some"}, "no raw mode"),
         ({"engine": "cuda9"}, "no engine"),
+        ({"without": ("packs",)}, "Did you mean 'pack'"),
+        ({"batch_tokens": 0}, "--batch-tokens 1"),
     ],
 )
 def test_bad_options_are_refused(model_paths, questions, tmp_path: Path, options: dict, message: str) -> None:

@@ -1,0 +1,142 @@
+"""One forward pass that reads sites, and the work it can do without."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack, suppress
+
+import torch
+from torch import Tensor
+
+from pnlac_fast import ops, prompts
+from pnlac_fast.models import SITES, Model
+from pnlac_fast.packing import Pack, attending, packs
+from pnlac_fast.prompts import Batch
+
+SHORTCUTS = {
+    "share": "compute what texts have in common at the front once",
+    "pack": "run texts as one row without padding",
+    "fuse": "compute the product in the middle of an MLP, and its sums, in one pass",
+    "stop": "compute nothing behind the last site, nor rows there that are not read",
+    "base": "run the base model once for all tuned models",
+    "overlap": "write one unit while the next is computed",
+}
+Visit = Callable[[str, int, Tensor, bool], None]
+Middle = Callable[[int, Tensor, Tensor, str], Tensor]
+
+
+class _Stop(Exception):
+    """Ends a pass once the last site is read."""
+
+
+def run(
+    model: Model,
+    batch: Batch | Pack,
+    sites: Sequence[str],
+    visit: Visit,
+    *,
+    take: Tensor | None = None,
+    middle: Middle | None = None,
+    shortcuts: Collection[str] = SHORTCUTS,
+) -> None:
+    """Run a model over a batch and show the activations of each site and layer.
+
+    Parameters
+    ----------
+    visit
+        Called as ``visit(site, layer, activation, taken)`` with [row, neuron]; ``taken`` says that these are the rows
+        ``take`` only, which can happen in the last layer.
+    take
+        int64 [kept]: the only rows of interest; None for all.
+    middle
+        Computes act(gate) * up in place of :func:`pnlac_fast.ops.swiglu`, as ``middle(layer, gate, up, activation)``,
+        each [row, neuron]. Only with the shortcut "fuse".
+
+    Raises
+    ------
+    RuntimeError
+        A site was not visited exactly once per layer.
+    """
+    last, final = len(model.blocks) - 1, max(sites, key=SITES.index)
+    stop = "stop" in shortcuts
+    trim = stop and final != "resid" and take is not None
+    visits: Counter[tuple[str, int]] = Counter()
+
+    def tap(site: str) -> Callable[[int, Tensor], None]:
+        def read(layer: int, activation: Tensor) -> None:
+            visits[site, layer] += 1
+            visit(site, layer, activation.flatten(0, 1), trim and layer == last)
+            if stop and layer == last and site == final:
+                raise _Stop
+
+        return read
+
+    with torch.inference_mode(), model.active() as hf, ExitStack() as stack:
+        for site in sites:
+            stack.enter_context(model.tapped(site, tap(site)))
+        if trim:
+            assert take is not None
+            stack.enter_context(model.trimmed(last, take))
+        if "fuse" in shortcuts:
+            stack.enter_context(model.gated(middle or _plain_middle))
+        if isinstance(batch, Pack):
+            stack.enter_context(attending(hf, batch))
+        with suppress(_Stop):
+            (hf.get_decoder() if stop else hf)(**batch.inputs(), use_cache=False)
+    if dict(visits) != {(site, layer): 1 for site in sites for layer in range(last + 1)}:
+        raise RuntimeError(
+            f"{visits.total()} sites were visited in a pass of '{model.name}', expected {len(sites) * (last + 1)}: "
+            f"its layers are skipped or run twice, so its statistics would be wrong"
+        )
+
+
+def _plain_middle(layer: int, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return ops.swiglu(gate, up, activation)
+
+
+def usable(model: Model, shortcuts: Collection[str], *, longest: int, engine: str = "auto") -> list[str]:
+    """The shortcuts that a model bears, in the order of :data:`SHORTCUTS`.
+
+    "pack" and "fuse" change how a model is run. Each is tried on a few short texts, and kept if the hidden states at
+    the end are those of the plain way, but for rounding: a model that mixes tokens by other means than attention, or
+    whose MLP is another one than it looks, is run plainly.
+
+    Parameters
+    ----------
+    longest
+        Tokens of the longest text.
+    engine
+        Engine of the sums; only "auto" and "cpp" or "triton" fuse.
+    """
+    wanted = set(shortcuts)
+    chunk = getattr(model.hf.config.get_text_config(), "attention_chunk_size", None)
+    if chunk is not None and longest > chunk:  # masks of such a model are its own
+        wanted.discard("pack")
+    if not ops.fuses(model.device, engine) or model.activation is None:
+        wanted.discard("fuse")
+    for name in ("pack", "fuse"):
+        if name in wanted and not _agrees(model, name):
+            wanted.discard(name)
+    if "pack" not in wanted:
+        wanted.discard("share")
+    return [name for name in SHORTCUTS if name in wanted]
+
+
+def _agrees(model: Model, shortcut: str) -> bool:
+    """Whether a shortcut gives the last hidden states of the plain way."""
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.hf.config.get_text_config().vocab_size, (11,), generator=draw).tolist()
+    texts = [tokens[:7], [*tokens[:4], *tokens[8:11]], [*tokens[:6], tokens[9]], tokens[5:10]]
+    batch: Batch | Pack
+    (plain,) = prompts.batches(texts, 100, device=model.device)
+    (batch,) = packs(texts, 100, device=model.device) if shortcut == "pack" else (plain,)
+    found = []
+    for way, taken in ((plain, ()), (batch, (shortcut, "stop"))):
+        states: list[Tensor] = []
+        run(model, way, ["resid"], lambda *seen: states.append(seen[2]), shortcuts=taken)  # noqa: B023
+        rows = {i: list(rows) for i, rows in zip(way.index, way.rows, strict=True)}
+        found.append(torch.cat([states[-1][rows[i]] for i in range(len(texts))]).double())
+    tolerance = 1e-3 if model.hf.dtype in (torch.float32, torch.float64) else 0.05
+    error = (found[0] - found[1]).abs().max()
+    return not bool(error > tolerance * found[0].abs().max())  # NaN is for the run itself to report
