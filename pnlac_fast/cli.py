@@ -213,6 +213,13 @@ def patch(direction: tuple[str, ...], kind: tuple[str, ...], as_json: bool, **gi
     needs=("inhibit", ()),
     help="Freeze these neurons, or train only these.",
 )
+@option(
+    "--inhibit-factor",
+    default=0.0,
+    show_default=True,
+    needs=("inhibit", ()),
+    help="Share of each step that they still take: 0 freezes them, 1 is plain tuning.",
+)
 @option("--probe", help="Held-out questions on which the stance is measured along the way.")
 @option("--points", default=10, show_default=True, needs=("probe", ()), help="How often, about.")
 @option("--normalise", default="token", show_default=True, needs=("probe", ()), help=NORMALISE)
@@ -351,7 +358,7 @@ def env(model: str | None, as_json: bool) -> None:
 @option("--threads", default=1, show_default=True, help="Threads on the CPU.")
 @option("--repeats", default=5, show_default=True, help="Rounds; ratios are taken within a round.")
 @option("--questions", type=int, help="Questions of each of six topics. Default: by shape, for seconds a pass.")
-@names("--only", None, "localise, memory. Default: all.")
+@names("--only", None, "localise, contrast_kernel, memory. Default: all.")
 @as_json
 def bench(shape: tuple[str, ...], only: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Measure speed and memory on this machine. Against others and itself; results are checked first."""

@@ -46,7 +46,8 @@ def method_name(record: Mapping[str, Any]) -> str:
     """What a run is called in comparisons.
 
     "plain"; "freeze_5" where 5 % of all neurons were frozen; "specific_10" where only those specific in the top 10 %
-    were trained; "freeze_random_5" and "specific_random_10" with random neurons in their place.
+    were trained; "freeze_random_5" and "specific_random_10" with random neurons in their place; "slow_5_by_0.5" where
+    5 % took half of each step.
     """
     inhibit = record["inhibit"]
     if inhibit is None:
@@ -55,9 +56,8 @@ def method_name(record: Mapping[str, Any]) -> str:
         inhibit["found"].get("top", inhibit["share"]) if inhibit["mode"] == "specific" else inhibit["share"]
     )
     control = "random_" if inhibit["kind"] == "random" else ""
-    return (
-        f"{inhibit['mode']}_{control}{percent:.0f}" if percent >= 0.5 else f"{inhibit['mode']}_{control}{percent:.2g}"
-    )
+    amount = f"{control}{percent:{'.0f' if percent >= 0.5 else '.2g'}}"
+    return f"slow_{amount}_by_{inhibit['factor']:g}" if inhibit["factor"] else f"{inhibit['mode']}_{amount}"
 
 
 def join(runs: Sequence[xr.Dataset]) -> xr.Dataset:

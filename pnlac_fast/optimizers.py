@@ -35,8 +35,8 @@ class StepMask(NamedTuple):
     keep: Tensor
 
 
-def why_not_masked(optimizer: Any) -> str | None:
-    """Why an optimizer's step cannot be masked, in a clause; None where it can."""
+def why_not_masked(optimizer: Any, parameters: Iterable[Tensor] = ()) -> str | None:
+    """Why an optimizer's step cannot be masked on such parameters, in a clause; None where it can."""
     for known in (torch.optim.AdamW, torch.optim.SGD):
         if isinstance(optimizer, known) and inspect.unwrap(type(optimizer).step) is inspect.unwrap(known.step):
             break
@@ -45,6 +45,9 @@ def why_not_masked(optimizer: Any) -> str | None:
     for group in optimizer.param_groups:
         if given := [name for name in UNSUPPORTED if group.get(name)]:
             return f"{type(optimizer).__name__} with {given[0]}=True has another step"
+    for p in parameters:
+        if p.dtype not in DTYPES or p.dim() not in (1, 2) or not p.is_contiguous():
+            return f"{list(p.shape)} {p.dtype} is no contiguous weight in float32, bfloat16 or float16"
     return None
 
 
@@ -89,17 +92,16 @@ class MaskedStep:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, masks: list[StepMask]) -> None:
-        _require_maskable(optimizer)
+        _require_maskable(optimizer, [mask.parameter for mask in masks])
         own = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for parameter, dim, keep in masks:
             if id(parameter) not in own:
                 raise UserError(
                     f"A masked parameter {list(parameter.shape)} is not the optimizer's: give it to it first."
                 )
-            if parameter.dtype not in DTYPES or not parameter.is_contiguous() or not 0 <= dim < parameter.dim() <= 2:
+            if not 0 <= dim < parameter.dim():
                 raise UserError(
-                    f"Dimension {dim} of a parameter {list(parameter.shape)} {parameter.dtype} cannot be masked: mask "
-                    f"rows (0) or columns (1) of a contiguous weight in float32, bfloat16 or float16."
+                    f"A mask of dimension {dim} does not fit {list(parameter.shape)}: choose rows (0) or columns (1)."
                 )
             if keep.shape != (parameter.shape[dim],) or not bool(((keep >= 0) & (keep <= 1)).all()):
                 raise UserError(
@@ -208,9 +210,11 @@ class MaskedStep:
         return value if tensor is step and version == step._version else int(step.item())
 
 
-def _require_maskable(optimizer: Any) -> None:
-    if reason := why_not_masked(optimizer):
-        raise UserError(f"The step cannot be masked, {reason}: use torch.optim.AdamW or SGD with plain settings.")
+def _require_maskable(optimizer: Any, parameters: Iterable[Tensor] = ()) -> None:
+    if reason := why_not_masked(optimizer, parameters):
+        raise UserError(
+            f"The step cannot be masked, {reason}: use torch.optim.AdamW or SGD with plain settings and weights."
+        )
 
 
 def _overflowed(optimizer: Any) -> bool:

@@ -82,6 +82,7 @@ def finetune(
     seed: int = 0,
     inhibit: NeuronSet | None = None,
     inhibit_mode: str = "freeze",
+    inhibit_factor: float = 0.0,
     lora_rank: int = 16,
     lora_alpha: int = 32,
     lora_dropout: float = 0.0,
@@ -119,8 +120,9 @@ def finetune(
         Default: 1e-4 for LoRA, 1e-5 for full.
     batch_size, accumulation
         Completions per optimizer step, and in how many parts they are run.
-    inhibit, inhibit_mode
-        Neurons to "freeze", or the only ("specific") ones to train; see :class:`pnlac_fast.inhibition.InhibitFT`.
+    inhibit, inhibit_mode, inhibit_factor
+        Neurons to "freeze", or the only ("specific") ones to train; with "freeze", the share of each step that they
+        still take, 0 unless given. See :class:`pnlac_fast.inhibition.InhibitFT`.
     probe, points
         Held-out questions whose margin is measured before, after, and in between, about ``points`` times, more often
         early; ``normalise`` as in :func:`pnlac_fast.stance.margins`.
@@ -158,8 +160,10 @@ def finetune(
     probes = () if probe is None else as_questions(probe)
     if shared := {q.key for q in probes} & {q.key for q in questions}:
         raise UserError(f"{len(shared)} of the probe questions are trained on: probe with held-out questions.")
+    inhibition = None
     if inhibit is not None:
         inhibit.check(base)
+        inhibition = InhibitFT(inhibit, inhibit_mode, inhibit_factor)
     settings: dict[str, Any] = {
         "tuned_topic": "+".join(topics),
         "side": side,
@@ -176,7 +180,7 @@ def finetune(
         "template": template,
         "base": base.origin,
         "data": {"sha256": fingerprint(questions), "questions": len(questions), "completions": len(rows)},
-        "inhibit": None if inhibit is None else _inhibited(inhibit, inhibit_mode),
+        "inhibit": None if inhibit is None else _inhibited(inhibit, inhibit_mode, inhibit_factor),
         "probe": {"sha256": fingerprint(probes), "points": points, "normalise": normalise} if probes else None,
     }
     if method == "lora":
@@ -188,8 +192,8 @@ def finetune(
         if gradient_checkpointing:
             run.checkpoint_activations()
         callbacks: list[TrainerCallback] = []
-        if inhibit is not None:
-            callbacks.append(inhibition := InhibitFT(inhibit, inhibit_mode))
+        if inhibition is not None:
+            callbacks.append(inhibition)
             settings["inhibit"]["covered"] = inhibition.prepare(run.module).covered
         at = sorted({round(steps * (i / max(points - 1, 1)) ** 2) for i in range(points)} | {0, steps})
         if probes:
@@ -244,7 +248,7 @@ class _Run:
             max_grad_norm=chosen["max_grad_norm"],
             seed=chosen["seed"],
             lr_scheduler_type="constant_with_warmup",
-            optim="adamw_torch",
+            optim="adamw_torch_fused",
             logging_steps=max(1, chosen["steps"] // 10),
             logging_nan_inf_filter=False,
             save_strategy="steps" if save_steps else "no",
@@ -382,9 +386,10 @@ def _with_lora(hf: Any, settings: Mapping[str, Any], seed: int) -> Any:
         raise UserError(f"LoRA cannot be put on this model: {str(error).splitlines()[0]}") from error
 
 
-def _inhibited(neurons: NeuronSet, mode: str) -> dict[str, Any]:
+def _inhibited(neurons: NeuronSet, mode: str, factor: float) -> dict[str, Any]:
     return {
         "mode": mode,
+        "factor": factor,
         "set": neurons.name,
         "kind": neurons.kind,
         "site": neurons.site,

@@ -12,6 +12,7 @@ struct Kernels {
   const char* isa;
   // Adds the neurons [first, last) of every group. The bits do not depend on how the neurons are divided among calls.
   void (*contrast)(const ContrastParams& params, DType dtype, int64_t first, int64_t last);
+  void (*moments)(const MomentsParams& params, DType dtype, int64_t first, int64_t last);
   // Steps the entries [begin, end) of all tensors, counted one tensor after another. The bits do not depend on how they
   // are divided among calls.
   void (*masked_adamw)(const MaskedTensor* tensors, int64_t count, const AdamWStep& step, int64_t begin, int64_t end);

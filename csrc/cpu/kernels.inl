@@ -3,15 +3,21 @@
 // on an old processor.
 #include "kernels.h"
 
+#if PNLAC_VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
+
 namespace pnlac {
 namespace PNLAC_ISA {
 namespace {
-#include "contrast.inl"
+#include "numbers.inl"
+#include "vectors.inl"
+#include "sums.inl"
 #include "masked.inl"
 }  // namespace
 
 extern const Kernels kTable;
-const Kernels kTable = {PNLAC_ISA_NAME, contrast, masked_adamw, masked_sgd};
+const Kernels kTable = {PNLAC_ISA_NAME, contrast, moments, masked_adamw, masked_sgd};
 
 }  // namespace PNLAC_ISA
 }  // namespace pnlac

@@ -1,4 +1,4 @@
-// The masked optimizer steps. Included by kernels.inl, inside a namespace, after contrast.inl, whose number types it uses.
+// The masked optimizer steps. Included by kernels.inl, inside a namespace, after numbers.inl, whose types it uses.
 
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -11,6 +11,8 @@
 
 namespace pnlac {
 
+constexpr int64_t kGrainNeurons = 256;  // fewer neurons than this are not worth another thread
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -38,6 +40,17 @@ inline DType dtype_of(const Tensor& tensor, const char* operation) {
 inline void require_index(const Tensor& tensor, const char* operation, const char* name) {
   require(tensor.dim() == 1 && tensor.scalar_type() == ScalarType::Long && tensor.is_contiguous(), operation, ": ", name,
           " must be a contiguous vector of int64.");
+}
+
+inline void require_activations(const Tensor& tensor, const char* operation, const char* name) {
+  require(tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1), operation, ": ", name,
+          " must be [row, neuron] with contiguous neurons.");
+}
+
+inline void require_sums(const Tensor& sums, int64_t groups, int64_t terms, int64_t neurons, const char* operation) {
+  require(sums.scalar_type() == ScalarType::Double && sums.is_contiguous() && sums.dim() == 3 &&
+              sums.size(0) == groups && sums.size(1) == terms && sums.size(2) == neurons,
+          operation, ": sums must be contiguous float64 of shape [group, ", terms, ", neuron].");
 }
 
 // The next two only where the indices live in host memory.

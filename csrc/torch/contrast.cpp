@@ -8,21 +8,18 @@ namespace {
 
 ContrastParams contrast_params(const Tensor& base, const Tensor& tuned, const Tensor& rows, const Tensor& base_rows,
                                const Tensor& offsets, const Tensor& sums) {
-  require(base.dim() == 2 && tuned.dim() == 2 && base.size(1) == tuned.size(1),
-          "contrast: base and tuned must be [row, neuron] with the same neurons.");
+  require_activations(base, "contrast", "base");
+  require_activations(tuned, "contrast", "tuned");
+  require(base.size(1) == tuned.size(1), "contrast: base and tuned must have the same neurons.");
   require(base.scalar_type() == tuned.scalar_type(), "contrast: base and tuned must have one dtype.");
   const int64_t neurons = base.size(1);
-  require(neurons <= 1 || (base.stride(1) == 1 && tuned.stride(1) == 1),
-          "contrast: the neurons of base and tuned must be contiguous.");
   require_index(rows, "contrast", "rows");
   require_index(base_rows, "contrast", "base_rows");
   require_index(offsets, "contrast", "offsets");
   require(base_rows.size(0) == rows.size(0), "contrast: base_rows must have an entry for each row.");
   const int64_t groups = offsets.size(0) - 1;
   require(groups >= 0, "contrast: offsets needs one entry more than there are groups.");
-  require(sums.scalar_type() == ScalarType::Double && sums.is_contiguous() && sums.dim() == 3 &&
-              sums.size(0) == groups && sums.size(1) == kSums && sums.size(2) == neurons,
-          "contrast: sums must be contiguous float64 of shape [group, 5, neuron].");
+  require_sums(sums, groups, kSums, neurons, "contrast");
   return {base.const_data_ptr(),
           tuned.const_data_ptr(),
           base.stride(0),
@@ -44,8 +41,7 @@ void contrast(const Tensor& base, const Tensor& tuned, const Tensor& rows, const
   require_rows(params.rows, rows.size(0), tuned.size(0), "contrast", "rows");
   require_rows(params.base_rows, rows.size(0), base.size(0), "contrast", "base_rows");
   const DType dtype = dtype_of(base, "contrast");
-  constexpr int64_t kGrain = 256;  // fewer neurons than this are not worth another thread
-  torch::stable::parallel_for(0, params.neurons, kGrain, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, params.neurons, kGrainNeurons, [&](int64_t first, int64_t last) {
     kernels().contrast(params, dtype, first, last);
   });
 }

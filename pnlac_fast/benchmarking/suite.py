@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from pnlac_fast.benchmarking import localise, memory
+from pnlac_fast.benchmarking import contrast_kernel, localise, memory
 from pnlac_fast.benchmarking.timing import threads as using
 from pnlac_fast.benchmarking.workloads import DTYPES, SHAPES, make_workload
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.models import resolve_device
 from pnlac_fast.provenance import provenance
 
-PARTS = ("localise", "memory")
+PARTS = ("localise", "contrast_kernel", "memory")
 
 
 def bench(
@@ -44,7 +44,7 @@ def bench(
     questions
         Questions of each of the six topics. Default: as many as keep a pass over them within seconds.
     parts
-        What to measure: "localise" or "memory".
+        What to measure, names in ``PARTS``. "localise" and "memory" are whole runs, "contrast_kernel" one operation.
 
     Returns
     -------
@@ -77,7 +77,8 @@ def bench(
         "threads": threads,
     }
     measures: dict[str, Callable[[], dict[str, Any]]] = {
-        "memory": lambda: memory.measure(device=device, dtype=dtype, threads=threads)
+        "contrast_kernel": lambda: contrast_kernel.measure(repeats=repeats, device=device),
+        "memory": lambda: memory.measure(device=device, dtype=dtype, threads=threads),
     }
     with using(threads):
         if "localise" in parts:

@@ -145,5 +145,4 @@ _MOMENTS = define(
     "(Tensor x, Tensor rows, Tensor offsets, Tensor(a!) sums) -> ()",
     reference=reference.moments,
     check=_check_moments,
-    cpp=False,
 )

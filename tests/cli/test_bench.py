@@ -13,7 +13,9 @@ SPREAD = {"median", "min", "max", "repeats"}
 
 @pytest.fixture(scope="module")
 def localised(cli) -> Any:
-    result = cli("bench", "--shape", "test", "--only", "localise", "--repeats", 2, "--questions", 2, "--json")
+    result = cli(
+        "bench", "--shape", "test", "--only", "localise,contrast_kernel", "--repeats", 2, "--questions", 2, "--json"
+    )
     assert (result.code, result.err) == (0, "")
     return result.json
 
@@ -35,12 +37,16 @@ def test_localise_has_its_ratios_with_their_spread(localised: Any) -> None:
     assert all(isinstance(peer, str) or peer.keys() == SPREAD for peer in figures["peers"].values())
 
 
+def test_parts_are_those_asked_for(localised: Any) -> None:
+    assert localised["contrast_kernel"]["bfloat16"]["numpy_vs_ours"].keys() == SPREAD
+    assert localised.keys() & set(suite.PARTS) == {"localise", "contrast_kernel"}
+
+
 def test_it_says_where_and_when(localised: Any) -> None:
     assert localised["machine"]
     assert (localised["device"], localised["dtype"], localised["threads"]) == ("cpu", "float32", 1)
     assert localised["provenance"]["versions"]["torch"]
     assert localised["provenance"]["created"]
-    assert "memory" not in localised
 
 
 def test_the_table(cli, localised: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -171,6 +171,14 @@ def test_report_and_env(cli, world: Path, base, tuned, tmp_path: Path) -> None:
     assert any(line.split()[:2] == ["engines", "torch"] for line in lines)
 
 
+def test_finetune_inhibits_by_a_factor(cli, world: Path, base, tmp_path: Path) -> None:
+    asked = ["finetune", *base, "--topic", "race", "--out", tmp_path / "t", *SMALL, "--inhibit-factor", "0.5"]
+    assert cli(*asked).code == 2
+    neurons = ["--inhibit", world / "neurons.json"]
+    assert cli(*asked, *neurons, "--inhibit-mode", "specific").code == 3
+    assert done(cli(*asked, *neurons, "--json")).json["inhibit"]["factor"] == 0.5
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("mode", ["freeze", "specific"])
 def test_finetune_inhibits(cli, world: Path, base, tmp_path: Path, method: str, mode: str) -> None:

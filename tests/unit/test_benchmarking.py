@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pnlac_fast.benchmarking import baselines, localise, memory, peers
+from pnlac_fast.benchmarking import baselines, contrast_kernel, localise, memory, peers
 from pnlac_fast.benchmarking.agreement import Statistics, distance
 from pnlac_fast.benchmarking.timing import interleaved, ratio
 from pnlac_fast.benchmarking.workloads import OWN, SHAPES, TOPICS, Workload, make_questions, make_workload
@@ -156,6 +156,24 @@ def test_every_way_runs_once_a_round_and_none_is_always_first() -> None:
 def test_a_ratio_is_taken_within_each_round() -> None:
     assert ratio([1.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "repeats": 3}
     assert ratio([1.0], [2.0], factor=3)["median"] == 1.5
+
+
+def test_the_contrast_kernel_is_compared_in_both_dtypes() -> None:
+    found = contrast_kernel.measure(repeats=2, device="cpu", rows=40, neurons=70, groups=3)
+    for dtype in ("float32", "bfloat16"):
+        assert found[dtype].keys() == {"torch_vs_ours", "numpy_vs_ours"}
+        assert all(figures["repeats"] == 2 for figures in found[dtype].values())
+
+
+def test_a_kernel_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = contrast_kernel.contrast
+
+    def wrong(base: torch.Tensor, tuned: torch.Tensor, *rest: torch.Tensor) -> None:
+        real(base, tuned.roll(1, 0), *rest)
+
+    monkeypatch.setattr(contrast_kernel, "contrast", wrong)
+    with pytest.raises(RuntimeError, match=r"The contrast of 'ours' in float32"):
+        contrast_kernel.measure(repeats=1, device="cpu", rows=40, neurons=70, groups=3)
 
 
 def test_memory_is_that_of_the_run_alone() -> None:

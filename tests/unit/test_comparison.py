@@ -28,8 +28,8 @@ def record(inhibit: dict | None = None) -> dict:
     return {"tuned_topic": "race", "learning_rate": 1e-4, "seed": 3, "inhibit": inhibit}
 
 
-def inhibited(mode: str, share: float, *, kind: str = "general", **found: object) -> dict:
-    return record({"mode": mode, "kind": kind, "count": 7, "share": share, "found": found})
+def inhibited(mode: str, share: float, *, kind: str = "general", factor: float = 0.0, **found: object) -> dict:
+    return record({"mode": mode, "factor": factor, "kind": kind, "count": 7, "share": share, "found": found})
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,9 @@ def inhibited(mode: str, share: float, *, kind: str = "general", **found: object
         (inhibited("specific", 0.02, kind="specific", top=0.1), "specific_10"),
         (inhibited("specific", 0.02, kind="random", top=0.1, seed=4), "specific_random_10"),
         (inhibited("freeze", 0.3, kind="random", top=0.1, seed=4), "freeze_random_30"),
+        (inhibited("freeze", 0.0501, factor=0.0), "freeze_5"),
+        (inhibited("freeze", 0.0501, factor=0.5), "slow_5_by_0.5"),
+        (inhibited("freeze", 0.0501, factor=0.25, kind="random", seed=4), "slow_random_5_by_0.25"),
     ],
 )
 def test_methods_are_named_by_what_was_done(given: dict, name: str) -> None:

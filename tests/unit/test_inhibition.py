@@ -25,7 +25,8 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from pnlac_fast.errors import UserError
-from pnlac_fast.inhibition import InhibitFT, find_masks
+from pnlac_fast.inhibition import InhibitFT
+from pnlac_fast.masks import find_masks
 from pnlac_fast.neurons import NeuronSet
 
 LAYERS, WIDTH, HIDDEN = 2, 24, 16
@@ -159,22 +160,100 @@ def test_only_what_may_move_moves(kind: str, tuning: str, mode: str, site: str, 
         assert own > (0.9 if tuning == "full" or kind == "qwen2" else 0.5)  # LoRA leaves the Llama's MLP biases
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "sgd"])
-def test_any_optimizer(optimizer: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "adafactor", "sgd"])
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_any_optimizer(optimizer: str, clip: float, tmp_path: Any) -> None:
     model, neurons = decoder(), chosen()
     before = weights(model)
     options = {"optim_args": "momentum=0.9"} if optimizer == "sgd" else {}
-    trainer(model, [InhibitFT(neurons)], tmp_path, optim=optimizer, **options).train()
+    callback = InhibitFT(neurons)
+    trainer(model, [callback], tmp_path, optim=optimizer, max_grad_norm=clip, **options).train()
     own, others = changes(before, weights(model), neurons)
     assert own == 0
     assert others > 0.9
+    assert (callback._step is None) == (optimizer == "adafactor")  # the others skip what is masked
+    assert callback.steps == 6
+
+
+def test_clipping_measures_no_inhibited_gradient(tmp_path: Any) -> None:
+    """The norm that the Trainer logs is that of a model whose inhibited rows get no gradient."""
+    norms = []
+    for inhibited in (True, False):
+        model = decoder()
+        entries = find_masks(model, chosen()).entries
+        callbacks: list[TrainerCallback] = [InhibitFT(chosen())] if inhibited else []
+        made = trainer(model, callbacks, tmp_path, max_steps=1, logging_strategy="steps", logging_steps=1)
+        if not inhibited:
+            for mask in entries:
+                mask.parameter.register_post_accumulate_grad_hook(mask.zero_gradient)
+        made.train()
+        norms.append(made.state.log_history[0]["grad_norm"])
+    assert norms[0] == norms[1] > 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd"])
+def test_a_factor_scales_the_first_step_of_its_neurons(optimizer: str, tmp_path: Any) -> None:
+    neurons = chosen()
+    before, after = weights(decoder()), {}
+    for factor in (0.25, 1.0):
+        model = decoder()
+        changes_ = {"max_steps": 1, "optim": optimizer, "max_grad_norm": 0.0}
+        trainer(model, [InhibitFT(neurons, factor=factor)], tmp_path, **changes_).train()
+        after[factor] = weights(model)
+    plain = decoder()
+    trainer(plain, [], tmp_path, max_steps=1, optim=optimizer, max_grad_norm=0.0).train()
+    for name, whole in weights(plain).items():
+        mine = belongs(name, whole.shape, neurons)
+        change = whole - before[name]
+        torch.testing.assert_close(after[1.0][name], whole, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(after[0.25][name][~mine], whole[~mine], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close((after[0.25][name] - before[name])[mine], 0.25 * change[mine], rtol=0, atol=1e-6)
+        assert not mine.any() or change[mine].any()
+
+
+def test_a_factor_scales_what_lora_adds(tmp_path: Any) -> None:
+    """In the first step B becomes what it becomes without a factor, times it; columns of A begin with it."""
+    neurons, found = chosen(), {}
+    for factor in (0.5, 1.0):
+        model = lora(decoder(), MLP)
+        made = trainer(model, [InhibitFT(neurons, factor=factor)], tmp_path, max_steps=1, max_grad_norm=0.0)
+        start = model.get_base_model().model.layers[0].mlp.down_proj.lora_A["default"].weight.detach().clone()
+        made.train()
+        mlp = model.get_base_model().model.layers[0].mlp
+        found[factor] = (start, mlp.gate_proj.get_delta_weight("default"), mlp.up_proj.get_delta_weight("default"))
+    mine = neurons.layer(0)
+    others = np.setdiff1d(np.arange(WIDTH), mine)
+    for i, (part, whole) in enumerate(zip(found[0.5], found[1.0], strict=True)):
+        at: Any = (lambda x, j: x[:, j]) if i == 0 else (lambda x, j: x[j])
+        assert at(whole, mine).any()
+        torch.testing.assert_close(at(part, mine), 0.5 * at(whole, mine), rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(at(part, others), at(whole, others), rtol=1e-5, atol=1e-8)
+
+
+def test_a_factor_needs_a_step_that_can_be_masked(tmp_path: Any) -> None:
+    made = trainer(decoder(), [InhibitFT(chosen(), factor=0.5)], tmp_path, optim="adafactor")
+    with pytest.raises(UserError, match="above 0 needs AdamW or SGD, Adafactor is neither"):
+        made.train()
+    with pytest.raises(UserError, match="knows no inhibit factor"):
+        InhibitFT(chosen(), "specific", 0.5)
+    with pytest.raises(UserError, match="outside"):
+        InhibitFT(chosen(), factor=1.5)
+
+
+def test_a_resumed_factor_gives_the_bits_of_the_uninterrupted_run(tmp_path: Any) -> None:
+    whole, resumed = lora(decoder()), lora(decoder())
+    trainer(whole, [InhibitFT(chosen(), factor=0.5)], tmp_path, save_strategy="steps", save_steps=3).train()
+    again = trainer(resumed, [InhibitFT(chosen(), factor=0.5)], tmp_path)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    one, other = weights(whole), weights(resumed)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_check_fails_where_gradients_alone_are_zeroed(tmp_path: Any) -> None:
     model, neurons = decoder(), chosen()
     before = weights(model)
     for mask in find_masks(model, neurons).entries:
-        mask.parameter.register_hook(mask.zeroed)
+        mask.parameter.register_post_accumulate_grad_hook(mask.zero_gradient)
     trainer(model, [], tmp_path).train()
     assert changes(before, weights(model), neurons)[0] > 0.5
 
@@ -469,4 +548,7 @@ def test_train_may_be_called_again_and_leaves_no_hooks(mode: str, tmp_path: Any)
     assert (own if mode == "freeze" else others) == 0
     assert changes(once, weights(model), neurons)[mode == "freeze"] > 0.9
     assert not callback._hooks
-    assert not any(p._backward_hooks for p in model.parameters())
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+    optimizer: Any = made.optimizer
+    assert not optimizer.optimizer._optimizer_step_pre_hooks
+    assert not optimizer.optimizer._optimizer_step_post_hooks

@@ -237,6 +237,7 @@ def test_the_record_says_what_was_done(base: Model) -> None:
     inhibit = record["inhibit"]
     assert (inhibit["set"], inhibit["count"], inhibit["share"]) == ("some", 3, 3 / (LAYERS * WIDTH))
     assert inhibit["covered"] == {"gate_proj": 2, "up_proj": 2, "down_proj": 2}
+    assert inhibit["factor"] == 0.0
     assert "torch" in record["provenance"]["versions"]
     assert tune(base).record["method"] == "plain"
 
@@ -246,6 +247,25 @@ def test_epochs_and_several_topics(base: Model) -> None:
     record = finetune(base, questions(), ["science", "race"], "left", epochs=0.5, **settings).record
     assert (record["tuned_topic"], record["steps"]) == ("science+race", 3)  # half of 5 batches of 16 in 80 rows
     assert finetune(base, questions(n=4), "race", "left", **settings).record["steps"] == 3
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_factor_lies_between_freezing_and_plain_tuning(method: str, base: Model) -> None:
+    """How far the chosen rows of a gate move, as a part of how far they move in plain tuning."""
+    moved = []
+    for factor in (0.0, 0.5, 1.0):
+        tuned = tune(base, method=method, inhibit=chosen(), inhibit_factor=factor)
+        assert tuned.record["inhibit"]["factor"] == factor
+        rows = torch.from_numpy(chosen().member[0])
+        gate = tuned.model.projection(0, "gate_proj")
+        delta = (
+            gate.get_delta_weight("default")
+            if method == "lora"
+            else gate.weight - base.projection(0, "gate_proj").weight
+        )
+        moved.append(float(delta[rows].detach().norm()))
+    assert moved[0] == 0
+    assert 0.35 * moved[2] < moved[1] < 0.65 * moved[2]
 
 
 @pytest.mark.parametrize("mode", ["freeze", "specific"])

@@ -1,0 +1,192 @@
+"""One step of a fine-tune, timed by what trains: all weights, the MLPs, a LoRA on them, or neuron slices."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pnlac_fast.benchmarking.timing import interleaved, ratio
+from pnlac_fast.benchmarking.workloads import DTYPES, SHAPES, make_model
+from pnlac_fast.errors import UserError, unknown
+from pnlac_fast.models import MLP_PROJECTIONS, quiet, resolve_device
+from pnlac_fast.neurons import NeuronSet
+from pnlac_fast.slices import PARTS, slice_neurons
+
+SHARE = 0.03  # of each layer's neurons, about what localising finds specific to a topic
+SEQUENCES, LENGTH = 8, 128
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A model, what trains of it, and the optimizer: called, it makes one step on a batch."""
+
+    model: Any
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    batch: Mapping[str, Tensor]
+
+    def __call__(self) -> None:
+        """Forward, backward, clipping, AdamW."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model(**self.batch).loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+
+    def bytes(self) -> int:
+        """What gradients and the optimizer's state take, after a step."""
+        gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
+        moments = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
+        return gradients + sum(t.nbytes for t in moments)
+
+
+def all_weights(hf: Any, neurons: NeuronSet) -> tuple[Any, list[nn.Parameter]]:
+    """Everything trains."""
+    return hf, list(hf.parameters())
+
+
+def mlps(hf: Any, neurons: NeuronSet) -> tuple[Any, list[nn.Parameter]]:
+    """The MLP projections train."""
+    for name, parameter in hf.named_parameters():
+        parameter.requires_grad_(".mlp." in name)
+    return hf, [p for p in hf.parameters() if p.requires_grad]
+
+
+def lora(hf: Any, neurons: NeuronSet) -> tuple[Any, list[nn.Parameter]]:
+    """PEFT's LoRA of rank 16 on the MLP projections trains."""
+    from peft import LoraConfig, get_peft_model
+
+    with quiet():
+        model = get_peft_model(hf, LoraConfig(r=16, lora_alpha=32, target_modules=list(MLP_PROJECTIONS)))
+    return model, [p for p in model.parameters() if p.requires_grad]
+
+
+def slices(hf: Any, neurons: NeuronSet) -> tuple[Any, list[nn.Parameter]]:
+    """The rows and columns of the chosen neurons train."""
+    return hf, slice_neurons(hf, neurons).parameters()
+
+
+WAYS: dict[str, Callable[[Any, NeuronSet], tuple[Any, list[nn.Parameter]]]] = {
+    "full": all_weights,
+    "mlp": mlps,
+    "lora": lora,
+    "slices": slices,
+}
+
+
+def choose_neurons(hf: Any, share: float = SHARE, seed: int = 0) -> NeuronSet:
+    """Random neurons of ``mlp_mid``, as many in every layer."""
+    layers, width = hf.config.num_hidden_layers, hf.config.intermediate_size
+    member = np.zeros((layers, width), bool)
+    generator = np.random.default_rng(seed)
+    for row in member:
+        row[generator.permutation(width)[: max(1, round(share * width))]] = True
+    return NeuronSet("random", "random", member)
+
+
+def make_setting(
+    shape: str, *, device: str = "auto", dtype: str = "auto", share: float = SHARE
+) -> tuple[Any, NeuronSet, dict[str, Tensor]]:
+    """A model with random weights, neurons of it, and a batch of 1024 random tokens; see :func:`measure`."""
+    if shape not in SHAPES:
+        raise unknown("shape", shape, SHAPES)
+    if dtype not in ("auto", *DTYPES):
+        raise unknown("dtype", dtype, ("auto", *DTYPES))
+    if not 0 < share <= 1:
+        raise UserError(f"A share of {share:g} of the neurons cannot train: give one above 0, up to 1.")
+    place = resolve_device(device)
+    kind = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
+    hf = make_model(SHAPES[shape], place, DTYPES[kind]).hf.requires_grad_(True)
+    ids = torch.randint(0, hf.config.vocab_size, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(place)
+    return hf, choose_neurons(hf, share), {"input_ids": ids, "labels": ids}
+
+
+def prepare(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor], way: str) -> Step:
+    """A step on a copy of ``hf``."""
+    model, parameters = WAYS[way](copy.deepcopy(hf), neurons)
+    return Step(model.train(), parameters, torch.optim.AdamW(parameters, lr=1e-4, fused=True), batch)
+
+
+def check(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor]) -> None:
+    """Make one step with slices, and one of all weights, and compare.
+
+    Raises
+    ------
+    RuntimeError
+        Something besides the slices has moved, a slice has not, or its gradient is another than in the full step.
+    """
+    full, sliced = prepare(hf, neurons, batch, "full"), prepare(hf, neurons, batch, "slices")
+    full()
+    sliced()
+    gradients = {name: p.grad for name, p in sliced.model.named_parameters() if p.grad is not None}
+    after = sliced.model.state_dict()
+    for name, before in hf.state_dict().items():
+        moved = after[name].ne(before)
+        if own := _own(name, neurons):
+            dim, index = own
+            expected = full.model.get_parameter(name).grad.index_select(dim, index.to(before.device))
+            found = gradients[name.replace(".weight", ".slice_weight")]
+            cosine = torch.cosine_similarity(expected.flatten().double(), found.flatten().double(), 0)
+            if not cosine > 0.999:  # clipping scales them differently
+                raise RuntimeError(f"The slice of {name} has another gradient than the full step ({cosine:.4f}).")
+            if not moved.index_select(dim, index.to(before.device)).any():
+                raise RuntimeError(f"The slice of {name} does not train.")
+            moved.index_fill_(dim, index.to(before.device), False)
+        if moved.any():
+            raise RuntimeError(f"{name} has moved outside the slices.")
+
+
+def measure(
+    *,
+    shape: str = "small",
+    repeats: int = 5,
+    device: str = "auto",
+    dtype: str = "auto",
+    share: float = SHARE,
+) -> dict[str, Any]:
+    """Check, then time a whole step of every way, side by side.
+
+    Returns
+    -------
+    dict
+        ``slices_vs_full``, ``slices_vs_lora``, ``lora_vs_full``, ``mlp_vs_full``: ratios of seconds within a round;
+        ``bytes_slices_vs_full``, ``bytes_lora_vs_full``: of gradients and optimizer state; ``shape``, ``tokens``,
+        ``share``.
+
+    Raises
+    ------
+    UserError
+        The shape or dtype is unknown, or the device cannot be used.
+    RuntimeError
+        See :func:`check`.
+    """
+    hf, neurons, batch = make_setting(shape, device=device, dtype=dtype, share=share)
+    check(hf, neurons, batch)
+    steps = {way: prepare(hf, neurons, batch, way) for way in WAYS}
+    seconds = interleaved(steps, repeats, hf.device)
+    size = {way: step.bytes() for way, step in steps.items()}
+    return {
+        "shape": shape,
+        "tokens": batch["input_ids"].numel(),
+        "share": share,
+        "slices_vs_full": ratio(seconds["slices"], seconds["full"]),
+        "slices_vs_lora": ratio(seconds["slices"], seconds["lora"]),
+        "lora_vs_full": ratio(seconds["lora"], seconds["full"]),
+        "mlp_vs_full": ratio(seconds["mlp"], seconds["full"]),
+        "bytes_slices_vs_full": size["slices"] / size["full"],
+        "bytes_lora_vs_full": size["lora"] / size["full"],
+    }
+
+
+def _own(name: str, neurons: NeuronSet) -> tuple[int, Tensor] | None:
+    """Dimension and index of the chosen neurons in a weight; None where it has none."""
+    part = name.split(".")[-2]
+    if ".mlp." not in name or part not in PARTS[neurons.site]:
+        return None
+    return PARTS[neurons.site][part], torch.tensor(neurons.layer(int(name.split("layers.")[1].split(".")[0])))
