@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from pnlac_fast.benchmarking import contrast_kernel, localise, memory
+from pnlac_fast.benchmarking import contrast_kernel, localise, memory, training_step
 from pnlac_fast.benchmarking.timing import threads as using
 from pnlac_fast.benchmarking.workloads import DTYPES, SHAPES, make_workload
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.models import resolve_device
 from pnlac_fast.provenance import provenance
 
-PARTS = ("localise", "contrast_kernel", "memory")
+PARTS = ("localise", "contrast_kernel", "training_step", "memory")
 
 
 def bench(
@@ -44,7 +44,7 @@ def bench(
     questions
         Questions of each of the six topics. Default: as many as keep a pass over them within seconds.
     parts
-        What to measure, names in ``PARTS``. "localise" and "memory" are whole runs, "contrast_kernel" one operation.
+        What to measure, names in ``PARTS``. "contrast_kernel" is one operation, the others are whole runs.
 
     Returns
     -------
@@ -78,6 +78,7 @@ def bench(
     }
     measures: dict[str, Callable[[], dict[str, Any]]] = {
         "contrast_kernel": lambda: contrast_kernel.measure(repeats=repeats, device=device),
+        "training_step": lambda: training_step.measure(repeats=repeats, device=device, dtype=dtype),
         "memory": lambda: memory.measure(device=device, dtype=dtype, threads=threads),
     }
     with using(threads):
@@ -110,11 +111,13 @@ def processor() -> str:
 
 
 def _rows(what: str, shape: str, figures: Any, unit: str = "") -> list[dict[str, Any]]:
-    """A line for each ratio and each bare number, and none for what only describes the run."""
+    """A line for each ratio and each number with a unit, and none for what only describes the run."""
     if isinstance(figures, dict) and "median" in figures:
         return [{"what": what, "shape": shape, **{name: float(figures[name]) for name in ("median", "min", "max")}}]
     if isinstance(figures, dict):
         unit = f", {figures['unit']}" if "unit" in figures else unit
         named = {f"{what} {str(name).replace('_', ' ')}": value for name, value in figures.items()}
         return [row for name, value in named.items() for row in _rows(name, shape, value, unit)]
-    return [{"what": what + unit, "shape": shape, "median": figures}] if isinstance(figures, float) else []
+    if not isinstance(figures, float) or not (unit or " vs " in what):
+        return []
+    return [{"what": what + unit, "shape": shape, "median": figures}]

@@ -50,13 +50,16 @@ def test_it_says_where_and_when(localised: Any) -> None:
 
 
 def test_the_table(cli, localised: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = {"share": 0.03, "slices_vs_full": {"median": 0.5, "min": 0.4, "max": 0.6}, "bytes_slices_vs_full": 0.04}
     memory = {"unit": "MiB", "floor": 200.0, "ours": {"256": 210.0}}
-    monkeypatch.setattr(suite, "bench", lambda **_: localised | {"memory": memory})
+    monkeypatch.setattr(suite, "bench", lambda **_: localised | {"memory": memory, "training_step": training})
     lines = cli("bench").out.splitlines()
     assert lines[0].split() == ["what", "shape", "median", "min", "max"]
     assert any(line.startswith("localise six tuned vs floor") for line in lines)
     assert any(line.split() == ["memory", "ours", "256,", "MiB", "210"] for line in lines)
-    assert not any("tokens" in line for line in lines)
+    assert any(line.split() == ["training_step", "slices", "vs", "full", "0.5", "0.4", "0.6"] for line in lines)
+    assert any(line.split() == ["training_step", "bytes", "slices", "vs", "full", "0.04"] for line in lines)
+    assert not any("tokens" in line or " share" in line for line in lines)
 
 
 @pytest.mark.parametrize(
