@@ -1,10 +1,11 @@
-"""One step of a fine-tune, timed by what trains: all weights, the MLPs, a LoRA on them, or neuron slices."""
+"""One step of a fine-tune, timed by what trains: all weights, all but frozen neurons, the MLPs, a LoRA, or slices."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from pnlac_fast.benchmarking.timing import interleaved, ratio
 from pnlac_fast.benchmarking.workloads import DTYPES, SHAPES, make_model
 from pnlac_fast.errors import UserError, unknown
+from pnlac_fast.inhibition import InhibitFT
 from pnlac_fast.models import MLP_PROJECTIONS, quiet, resolve_device
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.slices import PARTS, slice_neurons
@@ -71,8 +73,14 @@ def slices(hf: Any, neurons: NeuronSet) -> tuple[Any, list[nn.Parameter]]:
     return hf, slice_neurons(hf, neurons).parameters()
 
 
+def freeze(hf: Any, neurons: NeuronSet) -> tuple[Any, list[nn.Parameter]]:
+    """Everything trains but the chosen neurons, by InhibitFT; :func:`prepare` masks the optimizer."""
+    return hf, list(hf.parameters())
+
+
 WAYS: dict[str, Callable[[Any, NeuronSet], tuple[Any, list[nn.Parameter]]]] = {
     "full": all_weights,
+    "freeze": freeze,
     "mlp": mlps,
     "lora": lora,
     "slices": slices,
@@ -110,7 +118,13 @@ def make_setting(
 def prepare(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor], way: str) -> Step:
     """A step on a copy of ``hf``."""
     model, parameters = WAYS[way](copy.deepcopy(hf), neurons)
-    return Step(model.train(), parameters, torch.optim.AdamW(parameters, lr=1e-4, fused=True), batch)
+    step = Step(model.train(), parameters, torch.optim.AdamW(parameters, lr=1e-4, fused=True), batch)
+    if way == "freeze":
+        inhibition = InhibitFT(neurons)
+        inhibition.prepare(model)
+        arguments, state = SimpleNamespace(max_grad_norm=1.0), SimpleNamespace(global_step=0)
+        inhibition.on_train_begin(arguments, state, None, model=model, optimizer=step.optimizer)
+    return step
 
 
 def check(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor]) -> None:
@@ -119,7 +133,8 @@ def check(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor]) -> None:
     Raises
     ------
     RuntimeError
-        Something besides the slices has moved, a slice has not, or its gradient is another than in the full step.
+        Something besides the slices has moved, a slice has not, or its gradient is another than in the full step; or
+        frozen neurons have moved, or others have not.
     """
     full, sliced = prepare(hf, neurons, batch, "full"), prepare(hf, neurons, batch, "slices")
     full()
@@ -142,6 +157,26 @@ def check(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor]) -> None:
             raise RuntimeError(f"{name} has moved outside the slices.")
 
 
+def check_freeze(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor]) -> None:
+    """Make one step with frozen neurons.
+
+    Raises
+    ------
+    RuntimeError
+        A frozen weight has moved, or one that is not frozen moves nowhere.
+    """
+    frozen = prepare(hf, neurons, batch, "freeze")
+    frozen()
+    for name, before in hf.named_parameters():
+        moved = frozen.model.get_parameter(name).detach().ne(before)
+        if own := _own(name, neurons):
+            dim, index = own
+            if moved.index_select(dim, index.to(before.device)).any():
+                raise RuntimeError(f"Frozen entries of {name} have moved.")
+        if not moved.any():
+            raise RuntimeError(f"{name} does not train.")
+
+
 def measure(
     *,
     shape: str = "small",
@@ -155,7 +190,8 @@ def measure(
     Returns
     -------
     dict
-        ``slices_vs_full``, ``slices_vs_lora``, ``lora_vs_full``, ``mlp_vs_full``: ratios of seconds within a round;
+        ``freeze_vs_full``, ``slices_vs_full``, ``slices_vs_lora``, ``lora_vs_full``, ``mlp_vs_full``: ratios of seconds
+        within a round;
         ``bytes_slices_vs_full``, ``bytes_lora_vs_full``: of gradients and optimizer state; ``shape``, ``tokens``,
         ``share``.
 
@@ -164,10 +200,11 @@ def measure(
     UserError
         The shape or dtype is unknown, or the device cannot be used.
     RuntimeError
-        See :func:`check`.
+        See :func:`check` and :func:`check_freeze`.
     """
     hf, neurons, batch = make_setting(shape, device=device, dtype=dtype, share=share)
     check(hf, neurons, batch)
+    check_freeze(hf, neurons, batch)
     steps = {way: prepare(hf, neurons, batch, way) for way in WAYS}
     seconds = interleaved(steps, repeats, hf.device)
     size = {way: step.bytes() for way, step in steps.items()}
@@ -175,6 +212,7 @@ def measure(
         "shape": shape,
         "tokens": batch["input_ids"].numel(),
         "share": share,
+        "freeze_vs_full": ratio(seconds["freeze"], seconds["full"]),
         "slices_vs_full": ratio(seconds["slices"], seconds["full"]),
         "slices_vs_lora": ratio(seconds["slices"], seconds["lora"]),
         "lora_vs_full": ratio(seconds["lora"], seconds["full"]),

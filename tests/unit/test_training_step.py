@@ -19,7 +19,7 @@ def test_a_way_trains_what_it_says(way: str) -> None:
     before = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
     step()
     moved = {name for name, tensor in step.model.state_dict().items() if tensor.ne(before[name]).any()}
-    if way == "full":
+    if way in ("full", "freeze"):
         assert moved == set(before)
     elif way == "lora":
         assert moved == {name for name in before if "lora_" in name}
@@ -54,9 +54,24 @@ def test_slices_are_checked_against_the_full_step(monkeypatch: pytest.MonkeyPatc
             check(*setting)
 
 
+def test_freezing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = make_setting("test", device="cpu")
+    training_step.check_freeze(*setting)
+    plain = training_step.prepare
+    with monkeypatch.context() as patch:
+        patch.setattr(training_step, "prepare", lambda hf, neurons, batch, way: plain(hf, neurons, batch, "full"))
+        with pytest.raises(RuntimeError, match="Frozen entries of"):
+            training_step.check_freeze(*setting)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_step, "prepare", lambda hf, neurons, batch, way: plain(hf, neurons, batch, "slices"))
+        patch.setattr(training_step, "_own", lambda name, neurons: None)
+        with pytest.raises(RuntimeError, match="does not train"):
+            training_step.check_freeze(*setting)
+
+
 def test_measuring_gives_ratios_and_refuses_nonsense() -> None:
     found = measure(shape="test", repeats=2, device="cpu")
-    assert found["slices_vs_full"]["repeats"] == 2
+    assert found["slices_vs_full"]["repeats"] == found["freeze_vs_full"]["repeats"] == 2
     assert 0 < found["bytes_slices_vs_full"] < found["bytes_lora_vs_full"] < 1
     assert found["tokens"] == 1024
     for changes, message in (
