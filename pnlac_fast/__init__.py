@@ -31,6 +31,8 @@ _VERBS = {
     "load_tuned": "models",
     "load_questions": "datasets",
     "NeuronSet": "neurons",
+    "slice_neurons": "slices",
+    "merge_slices": "slice_file",
 }
 
 __all__ = [*_VERBS, "__version__"]

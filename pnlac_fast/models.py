@@ -21,6 +21,7 @@ SITES = ("mlp_mid", "mlp_out", "resid")
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 FINETUNE_FILE = "pnlac.json"  # written beside every fine-tuned model: what it was tuned on, and how
+SLICES_FILE = "neuron_slices.safetensors"  # beside a full fine-tune of a few neurons: these alone
 
 
 @dataclass(eq=False)
@@ -320,6 +321,7 @@ def weights_sha256(source: str) -> str | None:
     Over its safetensors files and, for an adapter, its configuration, which scales the weights.
     """
     files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+    files = [file for file in files if file.name != SLICES_FILE]
     if not files:
         return None
     files += sorted(Path(source).glob("adapter_config.json"))

@@ -133,26 +133,36 @@ def to_dataset(sets: Sequence[NeuronSet]) -> xr.Dataset:
     )
 
 
+def to_record(neurons: NeuronSet) -> dict[str, Any]:
+    """A set as plain values that JSON holds: neurons by layer, and where they come from."""
+    return {
+        "name": neurons.name,
+        "kind": neurons.kind,
+        "site": neurons.site,
+        "model": neurons.model,
+        "topic": neurons.topic,
+        "layers": neurons.member.shape[0],
+        "width": neurons.member.shape[1],
+        "base": dict(neurons.base),
+        "found": dict(neurons.found),
+        "neurons": {str(i): neurons.layer(i) for i, count in enumerate(neurons.per_layer) if count},
+    }
+
+
+def from_record(record: Mapping[str, Any]) -> NeuronSet:
+    """The set of a record; ValueError, KeyError, TypeError, IndexError or AttributeError where it is damaged."""
+    member = np.zeros((record["layers"], record["width"]), bool)
+    for layer, neurons in record["neurons"].items():
+        if neurons and (min(neurons) < 0 or int(layer) < 0):
+            raise IndexError("negative index")
+        member[int(layer), neurons] = True
+    names = ("name", "kind", "site", "model", "topic", "base", "found")
+    return NeuronSet(member=member, **{name: record[name] for name in names})
+
+
 def save_sets(sets: Sequence[NeuronSet], path: str | Path) -> None:
     """Write neuron sets to a JSON file: neurons by layer, and where they come from."""
-    record = {
-        **FORMAT,
-        "sets": [
-            {
-                "name": s.name,
-                "kind": s.kind,
-                "site": s.site,
-                "model": s.model,
-                "topic": s.topic,
-                "layers": s.member.shape[0],
-                "width": s.member.shape[1],
-                "base": dict(s.base),
-                "found": dict(s.found),
-                "neurons": {str(i): s.layer(i) for i in range(s.member.shape[0]) if s.per_layer[i]},
-            }
-            for s in sets
-        ],
-    }
+    record = {**FORMAT, "sets": [to_record(s) for s in sets]}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
 
@@ -171,15 +181,7 @@ def load_sets(path: str | Path) -> dict[str, NeuronSet]:
         record = json.loads(Path(path).read_text())
         if record.get("format") != FORMAT["format"] or record["version"] > FORMAT["version"]:
             raise UserError(f"'{path}' is not a pnlac-neurons file of version {FORMAT['version']}: locate them again.")
-        sets = {}
-        for entry in record["sets"]:
-            member = np.zeros((entry["layers"], entry["width"]), bool)
-            for layer, neurons in entry["neurons"].items():
-                if neurons and (min(neurons) < 0 or int(layer) < 0):
-                    raise IndexError("negative index")
-                member[int(layer), neurons] = True
-            names = ("name", "kind", "site", "model", "topic", "base", "found")
-            sets[entry["name"]] = NeuronSet(member=member, **{name: entry[name] for name in names})
+        sets = {entry["name"]: from_record(entry) for entry in record["sets"]}
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"The neuron file '{path}' is damaged ({error}): locate the neurons again.") from error
     return sets

@@ -6,8 +6,9 @@ optimizer keeps state for them alone. A model with slices saves and loads ordina
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,8 +132,9 @@ class _Sliced(torch.autograd.Function):
 class Slice:
     """The slice of one projection: where it is, and its parameters, which are filled when it is installed."""
 
-    name: str
+    layer: int
     part: str
+    name: str
     linear: Any
     dim: int
     index: Tensor
@@ -173,17 +175,29 @@ class Slices:
         In how many layers each projection has a slice, such as ``{"down_proj": 32}``.
     installed
         Whether the model has them now.
+    base_sha256
+        Fingerprint of the values that they had at first; see :func:`fingerprint`.
     """
 
     def __init__(self, model: nn.Module, neurons: NeuronSet, parts: Sequence[Slice]) -> None:
         self.model, self.neurons, self.parts = model, neurons, tuple(parts)
         self.covered = dict(Counter(part.part for part in parts))
         self.installed = False
+        self.base_sha256 = ""
         self._trained: list[nn.Parameter] = []
 
     def parameters(self) -> list[nn.Parameter]:
         """What trains."""
         return [p for part in self.parts for p in (part.weight, part.bias) if p is not None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Their values by name, such as "layers.0.gate_proj.weight" [slice, input]; they stay after a merge."""
+        return {
+            f"layers.{part.layer}.{part.part}.{kind}": parameter.detach()
+            for part in self.parts
+            for kind, parameter in (("weight", part.weight), ("bias", part.bias))
+            if parameter is not None
+        }
 
     def install(self) -> None:
         """Put them into the model with its present weights, and freeze everything else."""
@@ -263,7 +277,7 @@ def slice_neurons(model: Model | nn.Module, neurons: NeuronSet) -> Slices:
                 )
             weight = nn.Parameter(linear.weight.new_empty(0))
             bias = nn.Parameter(linear.bias.new_empty(0)) if dim == 0 and linear.bias is not None else None
-            parts.append(Slice(known[0].removesuffix(".weight"), part, linear, dim, index, weight, bias))
+            parts.append(Slice(layer, part, known[0].removesuffix(".weight"), linear, dim, index, weight, bias))
         if len(parts) == before:
             raise UserError(
                 f"Nothing trains in the MLP of layer {layer}, which has chosen neurons: set requires_grad on "
@@ -271,4 +285,14 @@ def slice_neurons(model: Model | nn.Module, neurons: NeuronSet) -> Slices:
             )
     slices = Slices(decoder.hf, neurons, parts)
     slices.install()
+    slices.base_sha256 = fingerprint(slices.tensors())
     return slices
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over slices by name, in float32: that of a half-precision model and of its float32 copy are the same."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -27,10 +27,12 @@ from transformers.utils import logging
 from pnlac_fast.datasets import SIDES, Question, as_questions, by_topic, fingerprint
 from pnlac_fast.errors import Interrupted, UserError, unknown
 from pnlac_fast.inhibition import InhibitFT
-from pnlac_fast.models import FINETUNE_FILE, Model, Weights, load_model, weights_sha256
+from pnlac_fast.models import FINETUNE_FILE, SLICES_FILE, Model, Weights, load_model, weights_sha256
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.prompts import DEFAULT_TEMPLATE, encode_completion, encode_prompt
 from pnlac_fast.provenance import provenance
+from pnlac_fast.slice_file import save_slices
+from pnlac_fast.slices import Slices
 from pnlac_fast.trajectory import TRAJECTORY_FILE, Trajectory
 from pnlac_fast.workplace import CHECKPOINTS, last_checkpoint, workplace, write_json
 
@@ -110,7 +112,9 @@ def finetune(
         Whose completions to learn: one topic or several, "right" or "left".
     out
         Directory for an ordinary checkpoint or PEFT adapter, with ``pnlac.json`` and, where there are probes,
-        ``trajectory.json``. It appears complete or not at all. None writes nothing.
+        ``trajectory.json``; with ``method`` "full" and ``inhibit_mode`` "specific" also ``neuron_slices.safetensors``,
+        which any copy of the base takes (:func:`pnlac_fast.slice_file.merge_slices`). It appears complete or not at
+        all. None writes nothing.
     method
         "lora", or "full". A full fine-tune of half-precision weights is done in float32, in which small steps are not
         rounded away, and rounded once at the end.
@@ -192,16 +196,22 @@ def finetune(
         if gradient_checkpointing:
             run.checkpoint_activations()
         callbacks: list[TrainerCallback] = []
+        slices: Slices | None = None
         if inhibition is not None:
             callbacks.append(inhibition)
             settings["inhibit"]["covered"] = inhibition.prepare(run.module).covered
+            slices = inhibition.slices
         at = sorted({round(steps * (i / max(points - 1, 1)) ** 2) for i in range(points)} | {0, steps})
         if probes:
             callbacks.append(watch := Trajectory(run.view, probes, at, work / TRAJECTORY_FILE, template, normalise))
-        losses = run.train(rows, callbacks, save_steps if out is not None else None)
+        try:
+            losses = run.train(rows, callbacks, save_steps if out is not None else None)
+        finally:
+            if slices is not None:
+                slices.merge()
         record = {**settings, "loss": losses, "provenance": provenance()}
         trajectory = watch.dataset() if probes else None
-        path = None if out is None else run.publish(Path(out), record)
+        path = None if out is None else run.publish(Path(out), record, slices)
         return FineTune(path, run.result(path, record), trajectory, record)
 
 
@@ -287,7 +297,7 @@ class _Run:
             self._cast(self.dtypes)
         return losses
 
-    def publish(self, out: Path, record: Mapping[str, Any]) -> Path:
+    def publish(self, out: Path, record: Mapping[str, Any], slices: Slices | None) -> Path:
         """Write the model into the workplace and move it to ``out`` in one step."""
         result = self.work / "result"
         if result.exists():
@@ -297,6 +307,8 @@ class _Run:
         else:
             self.hf.save_pretrained(result)
             self.base.tokenizer.save_pretrained(result)
+        if slices is not None:
+            save_slices(slices, result / SLICES_FILE, base=self.base.origin)
         if (self.work / TRAJECTORY_FILE).exists():
             shutil.copy(self.work / TRAJECTORY_FILE, result)
         write_json(result / FINETUNE_FILE, record)

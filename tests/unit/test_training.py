@@ -317,13 +317,14 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_collate", stop)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(("method", "mode"), [("full", "freeze"), ("full", "specific"), ("lora", "freeze")])
 def test_an_interrupted_run_resumes_to_the_same_bits(
-    method: str, base: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, mode: str, base: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {
         "method": method,
         "inhibit": chosen(),
+        "inhibit_mode": mode,
         "probe": questions(seed=1, n=3),
         "points": 6,
         "lora_dropout": 0.1,
@@ -343,6 +344,17 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     assert same(weights(whole.model), weights(resumed.model))
     assert whole.trajectory is not None
     assert whole.trajectory.identical(resumed.trajectory)  # type: ignore[arg-type]
+
+
+def test_a_model_tuned_in_place_is_plain_after_an_interruption(base: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = [type(m) for m in base.hf.modules()]
+    before = weights(base)
+    interrupt_at(6, monkeypatch)
+    with pytest.raises(Interrupted):
+        tune(base, keep_base=False, inhibit=chosen(), inhibit_mode="specific")
+    assert modules == [type(m) for m in base.hf.modules()]
+    assert before.keys() == weights(base).keys()
+    assert not same(before, weights(base))
 
 
 @pytest.mark.parametrize(("save_steps", "overwrite"), [(2, True), (None, False)])

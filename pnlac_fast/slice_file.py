@@ -1,0 +1,138 @@
+"""The file of neuron slices: what a fine-tune of a few neurons has learned, small, for any copy of its base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pnlac_fast.errors import UserError
+from pnlac_fast.models import Model, Weights
+from pnlac_fast.neurons import NeuronSet, from_record, to_record
+from pnlac_fast.slices import PARTS, Slices, fingerprint
+
+FORMAT, VERSION = "pnlac-neuron-slices", 1
+
+
+@dataclass(frozen=True, eq=False)
+class SliceFile:
+    """What a file of slices holds.
+
+    Attributes
+    ----------
+    neurons
+        Whose weights they are; ``base`` is the origin of the model that they were trained from.
+    base_sha256
+        Fingerprint of the same weights before training.
+    tensors
+        By name, such as "layers.0.gate_proj.weight" [slice, input], "layers.0.gate_proj.bias" [slice] or
+        "layers.0.down_proj.weight" [output, slice].
+    """
+
+    neurons: NeuronSet
+    base_sha256: str
+    tensors: dict[str, Tensor]
+
+
+def save_slices(slices: Slices, path: str | Path, base: Mapping[str, Any] | None = None) -> None:
+    """Write slices, merged or not, to a safetensors file.
+
+    ``base`` is the origin of the model (see :class:`pnlac_fast.models.Model`); default: that of the neurons.
+    """
+    neurons = slices.neurons if base is None else replace(slices.neurons, base=base)
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "base_sha256": slices.base_sha256,
+        "neurons": json.dumps(to_record(neurons)),
+    }
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.cpu().contiguous() for name, tensor in slices.tensors().items()}, path, metadata)
+
+
+def load_slices(path: str | Path) -> SliceFile:
+    """Read a file of slices.
+
+    Raises
+    ------
+    UserError
+        The file does not exist, is not of this format, or is damaged.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"There is no file of neuron slices '{path}': fine-tune with method full and mode specific.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT or int(metadata["version"]) > VERSION:
+                raise UserError(
+                    f"'{path}' is not a {FORMAT} file of version {VERSION}: give the {FORMAT} file of a fine-tune."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = SliceFile(from_record(json.loads(metadata["neurons"])), metadata["base_sha256"], tensors)
+        parts = PARTS[found.neurons.site]
+        for name, tensor in tensors.items():
+            _, layer, part, _ = name.split(".")
+            if tensor.shape[parts[part]] != found.neurons.per_layer[int(layer)]:
+                raise ValueError(f"{name} is {list(tensor.shape)}")
+    except (SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(f"The file of neuron slices '{path}' is damaged ({error}): fine-tune again.") from error
+    return found
+
+
+def merge_slices(model: Model | nn.Module, path: str | Path) -> NeuronSet:
+    """Write the slices of a file into a copy of their base model, in place.
+
+    Files with disjoint neurons can be merged one after another.
+
+    Parameters
+    ----------
+    model
+        A Hugging Face decoder without adapters. Values are rounded to its dtype.
+
+    Returns
+    -------
+    NeuronSet
+        Whose weights have changed.
+
+    Raises
+    ------
+    UserError
+        The model is of another shape, or its weights of these neurons are not those that training began with; then
+        nothing has changed.
+    """
+    decoder = model if isinstance(model, Model) else Model(Weights(model), None, "given", {})
+    found = load_slices(path)
+    found.neurons.fits(decoder)
+    places: dict[str, tuple[Tensor, int, Tensor]] = {}
+    for name in found.tensors:
+        _, layer, part, kind = name.split(".")
+        linear = decoder.projection(int(layer), part)
+        if type(linear) is not nn.Linear:
+            raise UserError(f"{part} of layer {layer} is {type(linear).__name__}: give a model without adapters.")
+        tensor = getattr(linear, kind)
+        if tensor is None:
+            raise UserError(
+                f"'{decoder.name}' has no {kind} in {part}, which '{path}' changes: give a copy of its base."
+            )
+        index = torch.tensor(found.neurons.layer(int(layer)), device=tensor.device)
+        places[name] = tensor.data, 0 if kind == "bias" else PARTS[found.neurons.site][part], index
+    now = {name: tensor.index_select(dim, index) for name, (tensor, dim, index) in places.items()}
+    same_shape = all(now[name].shape == tensor.shape for name, tensor in found.tensors.items())
+    if not same_shape or fingerprint(now) != found.base_sha256:
+        known = {
+            key: found.neurons.base[key] for key in ("source", "revision", "sha256") if found.neurons.base.get(key)
+        }
+        raise UserError(
+            f"'{decoder.name}' is not the base of '{path}', or these neurons of it were tuned before or rounded: give "
+            f"a copy of {known or 'its base'} in its own dtype."
+        )
+    for name, (tensor, dim, index) in places.items():
+        tensor.index_copy_(dim, index, found.tensors[name].to(tensor))
+    return found.neurons
