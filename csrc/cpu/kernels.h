@@ -5,6 +5,7 @@
 #include "../contrast.h"
 #include "../dtype.h"
 #include "../masked.h"
+#include "../swiglu.h"
 
 namespace pnlac {
 
@@ -17,6 +18,11 @@ struct Kernels {
   // are divided among calls.
   void (*masked_adamw)(const MaskedTensor* tensors, int64_t count, const AdamWStep& step, int64_t begin, int64_t end);
   void (*masked_sgd)(const MaskedTensor* tensors, int64_t count, const SGDStep& step, int64_t begin, int64_t end);
+  // The entries [begin, end) of the [row, neuron] result. The bits do not depend on how they are divided among calls.
+  void (*swiglu)(const SwigluParams& params, DType dtype, int64_t begin, int64_t end);
+  void (*swiglu_backward)(const SwigluBackwardParams& params, DType dtype, int64_t begin, int64_t end);
+  // The neurons [first, last) of every row and group, as `contrast`.
+  void (*swiglu_contrast)(const SwigluContrastParams& params, DType dtype, int64_t first, int64_t last);
 };
 
 // Of the instruction set that the environment variable PNLAC_ISA names (default, avx2, avx512) or else of the best one.

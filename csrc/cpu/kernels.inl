@@ -11,13 +11,15 @@ namespace pnlac {
 namespace PNLAC_ISA {
 namespace {
 #include "numbers.inl"
+#include "masked.inl"
 #include "vectors.inl"
 #include "sums.inl"
-#include "masked.inl"
+#include "swiglu.inl"
 }  // namespace
 
 extern const Kernels kTable;
-const Kernels kTable = {PNLAC_ISA_NAME, contrast, moments, masked_adamw, masked_sgd};
+const Kernels kTable = {PNLAC_ISA_NAME, contrast, moments, masked_adamw, masked_sgd,
+                        swiglu, swiglu_backward, swiglu_contrast};
 
 }  // namespace PNLAC_ISA
 }  // namespace pnlac

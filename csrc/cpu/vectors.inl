@@ -33,12 +33,25 @@ inline F64 widen_to_f64(const float* from) { return _mm512_maskz_cvtps_pd(0xff, 
 inline F64 widen_to_f64(const Float16* from) {
   return _mm512_maskz_cvtps_pd(0xff, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
+inline F32 widen_to_f32(const Float16* from) {
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline void narrow_to_f16(F32 from, Float16* to) {
+  const __m256i half = _mm512_maskz_cvtps_ph(0xffff, from, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+}
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F64 multiply_add(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a, b, c); }
 #elif PNLAC_VECTOR_BYTES == 32
 inline F64 widen_to_f64(const float* from) { return _mm256_cvtps_pd(_mm_loadu_ps(from)); }
 inline F64 widen_to_f64(const Float16* from) {
   return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+inline F32 widen_to_f32(const Float16* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline void narrow_to_f16(F32 from, Float16* to) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(from, _MM_FROUND_TO_NEAREST_INT));
 }
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 inline F64 multiply_add(F64 a, F64 b, F64 c) { return _mm256_fmadd_pd(a, b, c); }
@@ -50,6 +63,14 @@ inline F64 widen_to_f64(const Float16* from) {
   Vector<float, PNLAC_VECTOR_BYTES / 2> vector;
   for (int lane = 0; lane < PNLAC_VECTOR_BYTES / 8; ++lane) vector[lane] = widen(from[lane]);
   return __builtin_convertvector(vector, F64);
+}
+inline F32 widen_to_f32(const Float16* from) {
+  F32 vector;
+  for (int lane = 0; lane < PNLAC_VECTOR_BYTES / 4; ++lane) vector[lane] = widen(from[lane]);
+  return vector;
+}
+inline void narrow_to_f16(F32 from, Float16* to) {
+  for (int lane = 0; lane < PNLAC_VECTOR_BYTES / 4; ++lane) to[lane] = store<Float16>(from[lane]);
 }
 template <typename V>
 inline V multiply_add(V a, V b, V c) { return a * b + c; }

@@ -43,7 +43,7 @@ inline void require_index(const Tensor& tensor, const char* operation, const cha
 }
 
 inline void require_activations(const Tensor& tensor, const char* operation, const char* name) {
-  require(tensor.dim() == 2 && (tensor.size(1) <= 1 || tensor.stride(1) == 1), operation, ": ", name,
+  require(tensor.dim() == 2 && (tensor.numel() == 0 || tensor.size(1) == 1 || tensor.stride(1) == 1), operation, ": ", name,
           " must be [row, neuron] with contiguous neurons.");
 }
 

@@ -112,7 +112,6 @@ _SWIGLU_CONTRAST = define(
     "(Tensor gate, Tensor up, Tensor base, Tensor base_rows, Tensor counts, Tensor(a!) sums, str activation) -> Tensor",
     reference=reference.swiglu_contrast,
     check=_fake,
-    cpp=False,
 )
 
 

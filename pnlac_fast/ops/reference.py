@@ -44,11 +44,11 @@ def swiglu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 @torch.no_grad()
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """The gradients of ``swiglu`` by gate and up. See :func:`pnlac_fast.ops.swiglu_backward`."""
-    by_activated = (grad.double() * up.double()).to(gate.dtype).double()
+    by_activated = (grad.double() * up.double()).to(gate.dtype).double().contiguous()
     if activation == "silu":
-        by_gate = torch.ops.aten.silu_backward(by_activated, gate.double())
+        by_gate = torch.ops.aten.silu_backward(by_activated, gate.double().contiguous())
     else:
-        by_gate = torch.ops.aten.gelu_backward(by_activated, gate.double(), approximate="tanh")
+        by_gate = torch.ops.aten.gelu_backward(by_activated, gate.double().contiguous(), approximate="tanh")
     by_up = grad.double() * _activated(gate, activation).double()
     return by_gate.to(gate.dtype), by_up.to(gate.dtype)
 
@@ -86,7 +86,8 @@ def contrast_terms(a: Tensor, b: Tensor) -> list[Tensor]:
 
 
 def _activated(gate: Tensor, activation: str) -> Tensor:
-    x = gate.double()
+    # torch's exponential has other bits where neurons are not contiguous.
+    x = gate.double().contiguous()
     return (functional.silu(x) if activation == "silu" else functional.gelu(x, approximate="tanh")).to(gate.dtype)
 
 
