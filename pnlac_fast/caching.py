@@ -20,6 +20,7 @@ from pnlac_fast.capture import RAW, Sums, accumulate, raw_positions
 from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint
 from pnlac_fast.errors import Interrupted, UserError, unknown
 from pnlac_fast.models import SITES, Model, open_models
+from pnlac_fast.packing import in_order
 from pnlac_fast.passes import SHORTCUTS, usable
 from pnlac_fast.prompts import DEFAULT_TEMPLATE, TOKENS, Text
 from pnlac_fast.provenance import provenance
@@ -87,7 +88,8 @@ def cache(
     Returns
     -------
     dict
-        ``store``, ``questions``, ``tokens`` (read once by each model), ``units``, ``models``, ``bytes`` (estimate).
+        ``store``, ``questions``, ``tokens`` (of the texts), ``computed`` (how many of them each model computes, about,
+        since shared ones are computed once), ``units``, ``models``, and the estimates ``bytes`` and ``flops``.
 
     Raises
     ------
@@ -158,15 +160,17 @@ def cache(
         },
     )
     read = sum(len(text.ids) for texts in grouped.values() for text in texts)
+    spared = sum(sum(in_order([t.ids for t in texts])[1]) for texts in grouped.values()) if "share" in taken else 0
     estimate = _bytes(layout)
     result = {
         "store": str(out),
         "questions": len(questions),
         "tokens": read,
+        "computed": read - spared,
         "units": len(units),
         "models": list(models),
         "bytes": estimate,
-        "flops": 2 * sum(p.numel() for p in base.hf.parameters()) * read * (1 + len(models)),
+        "flops": 2 * sum(p.numel() for p in base.hf.parameters()) * (read - spared) * (1 + len(models)),
     }
     if dry_run:
         return result

@@ -97,12 +97,8 @@ def packs(
     The order is that of the ids, so that sequences with a common front stand together; the same sequences always make
     the same packs. Without ``share`` every sequence is computed whole.
     """
-    order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
-    shared = [0] * len(order)
-    if share:
-        for n in range(1, len(order)):
-            shared[n] = _common(sequences[order[n - 1]], sequences[order[n]])
-    total = sum(len(sequences[i]) - s for i, s in zip(order, shared, strict=True))
+    order, shared = in_order(sequences, share=share)
+    total = sum(map(len, sequences)) - sum(shared)
     longest = max(map(len, sequences), default=0)
     limit = min(budget, total // max(1, -(-total // budget)) + longest)  # so that the last pack is no remnant
     first = size = 0
@@ -114,6 +110,19 @@ def packs(
         size = size + own if n > first else len(sequences[i])
     if order:
         yield _pack(sequences, order[first:], shared[first:], device)
+
+
+def in_order(sequences: Sequence[Sequence[int]], *, share: bool = True) -> tuple[list[int], list[int]]:
+    """Indices of sequences in the order of their ids, and how many tokens each shares with the one before it.
+
+    The sum of lengths less the sum of shared tokens is the number of tokens that differ in their path.
+    """
+    order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
+    shared = [0] * len(order)
+    if share:
+        for n in range(1, len(order)):
+            shared[n] = _common(sequences[order[n - 1]], sequences[order[n]])
+    return order, shared
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -374,6 +374,10 @@ def test_dry_run_writes_nothing(model_paths, questions, tmp_path: Path) -> None:
     assert not out.exists()
     assert result["questions"] == len(questions)
     assert result["tokens"] == sum(len(q.instruction.split()) + 1 for q in questions)
+    fronts = {
+        (q.topic, *words[:n]) for q in questions for words in [q.instruction.split()] for n in range(len(words) + 1)
+    }
+    assert result["computed"] == len(fronts) < result["tokens"]
 
 
 def test_not_finite_activations_name_model_site_and_layer(model_paths, questions, tmp_path: Path) -> None:
