@@ -48,7 +48,8 @@ def test_cache_writes_what_it_says(cli, world: Path, base, tuned, tmp_path: Path
     assert stores.open_activations(out, "race", "resid").sizes["token"] == 21
     again = stores.open_contrast(out).sel(site="mlp_mid", tokens="last").isel(neuron=slice(0, 48))
     first = stores.open_contrast(world / "run.zarr").sel(site="mlp_mid", tokens="last")
-    assert np.array_equal(again["rms"].values, first["rms"].values)
+    # With "resid" the pass does not end in the last MLP, so its last layer is rounded otherwise.
+    assert np.allclose(again["rms"].values, first["rms"].values, rtol=1e-4, atol=1e-7)
 
 
 def test_cache_equals_the_library_call(world: Path, tmp_path: Path) -> None:
