@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from pnlac_fast.benchmarking import contrast_kernel, localise, memory, training_step
-from pnlac_fast.benchmarking.timing import threads as using
+from pnlac_fast.benchmarking import contrast_kernel, localise, memory, overhead, training_step
+from pnlac_fast.benchmarking.timing import CLOCKS, use_clock
+from pnlac_fast.benchmarking.timing import threads as use_threads
 from pnlac_fast.benchmarking.workloads import DTYPES, SHAPES, make_workload
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.models import resolve_device
 from pnlac_fast.provenance import provenance
 
-PARTS = ("localise", "contrast_kernel", "training_step", "memory")
+PARTS = ("localise", "overhead", "contrast_kernel", "training_step", "memory")
 
 
 def bench(
@@ -25,6 +26,7 @@ def bench(
     dtype: str = "auto",
     threads: int = 1,
     repeats: int = 5,
+    clock: str = "wall",
     questions: int | None = None,
     parts: Sequence[str] = PARTS,
 ) -> dict[str, Any]:
@@ -41,6 +43,8 @@ def bench(
         Threads of torch on the CPU.
     repeats
         Rounds; every way is run once a round, and ratios are taken within a round.
+    clock
+        "wall", or "cpu": processor time of this process, for a CPU that others use too; waiting for disks is left out.
     questions
         Questions of each of the six topics. Default: as many as keep a pass over them within seconds.
     parts
@@ -49,8 +53,9 @@ def bench(
     Returns
     -------
     dict
-        A key for each part; ``localise`` is that of the first shape, ``by_shape`` has all of them. Ratios are
-        {"median", "min", "max", "repeats"}. Besides: ``machine``, ``threads``, ``device``, ``dtype``, ``provenance``.
+        A key for each part; ``localise`` and ``overhead`` are those of the first shape, ``by_shape`` has both for every
+        one. Ratios are {"median", "min", "max", "repeats"}. Besides: ``machine``, ``device``, ``dtype``, ``threads``,
+        ``clock``, ``provenance``.
 
     Raises
     ------
@@ -67,35 +72,46 @@ def bench(
                 raise unknown(kind, name, known)
     if dtype not in ("auto", *DTYPES):
         raise unknown("dtype", dtype, ("auto", *DTYPES))
+    if clock not in CLOCKS:
+        raise unknown("clock", clock, CLOCKS)
     if repeats < 1 or threads < 1:
         raise UserError("Nothing is measured in less than one repeat or thread: raise --repeats or --threads.")
     place = resolve_device(device)
+    if clock == "cpu" and place.type != "cpu":
+        raise UserError("Processor time says nothing about a GPU: leave out --clock, or give --device cpu.")
     result: dict[str, Any] = {
         "machine": processor(),
         "device": torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu",
         "dtype": dtype if dtype != "auto" else "bfloat16" if place.type == "cuda" else "float32",
         "threads": threads,
+        "clock": clock,
     }
     measures: dict[str, Callable[[], dict[str, Any]]] = {
         "contrast_kernel": lambda: contrast_kernel.measure(repeats=repeats, device=device),
         "training_step": lambda: training_step.measure(repeats=repeats, device=device, dtype=dtype),
         "memory": lambda: memory.measure(device=device, dtype=dtype, threads=threads),
     }
-    with using(threads):
-        if "localise" in parts:
-            result["by_shape"] = {
-                shape: localise.measure(make_workload(shape, questions=questions, device=device, dtype=dtype), repeats)
-                for shape in dict.fromkeys(shapes)
-            }
-            result["localise"] = result["by_shape"][shapes[0]]
+    with use_threads(threads), use_clock(clock):
+        for shape in dict.fromkeys(shapes):
+            on_models = {"localise": localise.measure, "overhead": overhead.measure}
+            if wanted := [name for name in on_models if name in parts]:
+                workload = make_workload(shape, questions=questions, device=device, dtype=dtype)
+                result.setdefault("by_shape", {})[shape] = {name: on_models[name](workload, repeats) for name in wanted}
+                del workload  # before the next is made
+        result |= result["by_shape"][shapes[0]] if "by_shape" in result else {}
         result |= {name: measures[name]() for name in PARTS if name in parts and name in measures}
     return result | {"provenance": provenance()}
 
 
 def rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """The result as lines of a table: what was measured, on what shape, its median and its extremes."""
-    found = [row for shape, figures in result.get("by_shape", {}).items() for row in _rows("localise", shape, figures)]
-    for part in PARTS[1:]:
+    found = [
+        row
+        for shape, measured in result.get("by_shape", {}).items()
+        for part, figures in measured.items()
+        for row in _rows(part, shape, figures)
+    ]
+    for part in PARTS[2:]:
         found += _rows(part, "", result.get(part, {}))
     return found
 

@@ -14,7 +14,16 @@ SPREAD = {"median", "min", "max", "repeats"}
 @pytest.fixture(scope="module")
 def localised(cli) -> Any:
     result = cli(
-        "bench", "--shape", "test", "--only", "localise,contrast_kernel", "--repeats", 2, "--questions", 2, "--json"
+        "bench",
+        "--shape",
+        "test",
+        "--only",
+        "localise,overhead,contrast_kernel",
+        "--repeats",
+        2,
+        "--questions",
+        2,
+        "--json",
     )
     assert (result.code, result.err) == (0, "")
     return result.json
@@ -31,20 +40,22 @@ def test_localise_has_its_ratios_with_their_spread(localised: Any) -> None:
         assert ratio.keys() == SPREAD
         assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
         assert ratio["repeats"] == 2
-    assert localised["by_shape"] == {"test": figures}
+    assert localised["by_shape"]["test"]["localise"] == figures
     assert (figures["shape"], figures["prompts"]) == ("test", 12)
     assert figures["tokens"] > 12 * 76
     assert all(isinstance(peer, str) or peer.keys() == SPREAD for peer in figures["peers"].values())
 
 
 def test_parts_are_those_asked_for(localised: Any) -> None:
+    assert localised["overhead"]["fused"].keys() == localised["overhead"]["hooked"].keys() == SPREAD
     assert localised["contrast_kernel"]["bfloat16"]["numpy_vs_ours"].keys() == SPREAD
-    assert localised.keys() & set(suite.PARTS) == {"localise", "contrast_kernel"}
+    assert localised.keys() & set(suite.PARTS) == {"localise", "overhead", "contrast_kernel"}
 
 
 def test_it_says_where_and_when(localised: Any) -> None:
     assert localised["machine"]
     assert (localised["device"], localised["dtype"], localised["threads"]) == ("cpu", "float32", 1)
+    assert localised["clock"] == "wall"
     assert localised["provenance"]["versions"]["torch"]
     assert localised["provenance"]["created"]
 
@@ -68,6 +79,7 @@ def test_the_table(cli, localised: Any, monkeypatch: pytest.MonkeyPatch) -> None
         (["--shape", "tinny"], "There is no shape 'tinny'. Did you mean 'tiny'?"),
         (["--only", "localize"], "There is no part 'localize'. Did you mean 'localise'?"),
         (["--dtype", "float23"], "There is no dtype 'float23'."),
+        (["--clock", "sun"], "There is no clock 'sun'."),
         (["--repeats", 0], "raise --repeats"),
         (["--shape", "test", "--questions", 0], "give at least one"),
         (["--device", "tpu7"], "give --device cpu, cuda"),

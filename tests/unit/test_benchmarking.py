@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from pnlac_fast.benchmarking import baselines, contrast_kernel, localise, memory, peers
+from pnlac_fast.benchmarking import baselines, contrast_kernel, localise, memory, overhead, peers
 from pnlac_fast.benchmarking.agreement import Statistics, distance
-from pnlac_fast.benchmarking.timing import interleaved, ratio
+from pnlac_fast.benchmarking.timing import interleaved, ratio, use_clock
 from pnlac_fast.benchmarking.workloads import OWN, SHAPES, TOPICS, Workload, make_questions, make_workload
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
@@ -145,12 +146,52 @@ def test_the_floor_runs_both_models_over_every_token_with_the_head(workload: Wor
     assert seen == [torch.Size([18, longest, SHAPES["test"].vocabulary])] * 2
 
 
+def test_the_bare_passes_run_every_token_that_capture_runs(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = workload.first(1)
+    models = [m.hf.model for m in (one.base, *one.tuned.values())]
+    for model in models:
+        real = model.forward
+
+        def counted(*args: object, real: Callable[..., object] = real, **kwargs: object) -> object:
+            read.append(tuple(kwargs["input_ids"].flatten().tolist()))  # type: ignore[attr-defined]
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(model, "forward", counted)
+    passes: list[list[tuple[int, ...]]] = []
+    for way in (overhead.bare(one), overhead.capturing(one, overhead.PLAIN)):
+        read: list[tuple[int, ...]] = []
+        way()
+        passes.append(read)
+    assert passes[0] == passes[1]
+    assert sum(map(len, passes[0])) < 2 * one.tokens  # shared fronts once
+
+
+def test_capture_that_disagrees_with_the_fused_kernel_is_not_timed(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = overhead.capturing
+
+    def wrong(work: Workload, shortcuts: tuple[str, ...]) -> Callable[[], object]:
+        return real(work if "fuse" in shortcuts else work.first(1, 1), shortcuts)
+
+    monkeypatch.setattr(overhead, "capturing", wrong)
+    with pytest.raises(RuntimeError, match="Hooks and the fused kernel differ"):
+        overhead.measure(workload, repeats=1)
+
+
 def test_every_way_runs_once_a_round_and_none_is_always_first() -> None:
     ran: list[str] = []
     ways = {name: lambda name=name: ran.append(name) for name in "abc"}
     seconds = interleaved(ways, 3)
     assert "".join(ran) == "abc" + "abc" + "bca" + "cab"
     assert {len(s) for s in seconds.values()} == {3}
+
+
+def test_the_clock_can_be_the_processor_s() -> None:
+    with use_clock("cpu"):
+        asleep = interleaved({"a": lambda: time.sleep(0.2)}, 1, warm=False)["a"][0]
+    awake = interleaved({"a": lambda: time.sleep(0.2)}, 1, warm=False)["a"][0]
+    assert asleep < 0.2 <= awake
 
 
 def test_a_ratio_is_taken_within_each_round() -> None:
