@@ -17,7 +17,8 @@ from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCau
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model, Weights
 from pnlac_fast.neurons import NeuronSet
-from pnlac_fast.slices import PARTS, SlicedLinear, Slices, slice_neurons
+from pnlac_fast.sliced_linear import SlicedLinear
+from pnlac_fast.slices import PARTS, Slices, slice_neurons
 
 LAYERS, WIDTH, HIDDEN = 3, 23, 18
 KINDS = ("llama", "qwen2", "gemma")
