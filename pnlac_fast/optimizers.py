@@ -2,8 +2,10 @@
 
     handle = mask_step(optimizer, [StepMask(linear.weight, 0, keep)])
 
-Row i of the weight then takes the share ``keep[i]`` of every step. The optimizer stays what it is: schedulers, gradient
-accumulation, clipping, accelerate and checkpoints see the same object, and its ``state_dict`` is an ordinary one.
+Row i of the weight then takes the share ``keep[i]`` of every step. Those that freeze neurons of a model are
+``[mask.on_step(0.0) for mask in find_masks(model, neurons).entries]``, see :mod:`pnlac_fast.masks`. The optimizer stays
+what it is: schedulers, gradient accumulation, clipping, accelerate and checkpoints see the same object, and its
+``state_dict`` is an ordinary one.
 """
 
 from __future__ import annotations

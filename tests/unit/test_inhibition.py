@@ -28,6 +28,7 @@ from pnlac_fast.errors import UserError
 from pnlac_fast.inhibition import InhibitFT
 from pnlac_fast.masks import find_masks
 from pnlac_fast.neurons import NeuronSet
+from pnlac_fast.optimizers import mask_step
 
 LAYERS, WIDTH, HIDDEN = 2, 24, 16
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -189,6 +190,21 @@ def test_clipping_measures_no_inhibited_gradient(tmp_path: Any) -> None:
         made.train()
         norms.append(made.state.log_history[0]["grad_norm"])
     assert norms[0] == norms[1] > 0
+
+
+def test_a_loop_of_ones_own_freezes_neurons_by_a_masked_optimizer() -> None:
+    model, neurons = decoder(), chosen()
+    before = weights(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    mask_step(optimizer, [mask.on_step(0.0) for mask in find_masks(model, neurons).entries])
+    ids = torch.tensor([row["input_ids"] for row in rows()])
+    for _ in range(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    own, others = changes(before, weights(model), neurons)
+    assert own == 0
+    assert others > 0.9
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd"])
