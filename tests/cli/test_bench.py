@@ -73,6 +73,21 @@ def test_the_table(cli, localised: Any, monkeypatch: pytest.MonkeyPatch) -> None
     assert not any("tokens" in line or " share" in line for line in lines)
 
 
+@pytest.mark.parametrize("part", suite.PARTS)
+def test_each_part_is_named_by_the_help_and_can_be_asked_for_alone(
+    cli, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spread = {"median": 0.5, "min": 0.4, "max": 0.6, "repeats": 1}
+    for module in (suite.contrast_kernel, suite.localise, suite.masked, suite.memory, suite.overhead):
+        monkeypatch.setattr(module, "measure", lambda *_, **__: {"a": spread})
+    monkeypatch.setattr(suite.training_step, "measure", lambda **_: {"a": spread})
+    found = cli("bench", "--shape", "test", "--only", part, "--json").json
+    assert found.keys() & set(suite.PARTS) == {part}
+    assert found[part] == {"a": spread}
+    assert part in cli("bench", "--help").out
+    assert cli("bench", "--shape", "test", "--only", part).out.splitlines()[1].split()[0] == part
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
