@@ -1,4 +1,4 @@
-# make demo | test | check | bench | wheel | clean. Needs Python >= 3.11, make and a C++ compiler.
+# make demo | test | check | bench | gpu | wheel | clean. Needs Python >= 3.11, make and a C++ compiler.
 PYTHON ?= python3
 VENV   ?= .venv
 
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.set-up
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
 TYPES := build/types
 
-.PHONY: setup demo test check lint types bench wheel clean
+.PHONY: setup demo test check lint types bench gpu wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -42,11 +42,24 @@ types: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks
 
+# Needs a torch with CUDA, and takes the one that $(PYTHON) has: its own environment, .venv-gpu, sees those packages and
+# gets only what is missing. The file name of the result is that of the device.
+GPU := .venv-gpu/bin/python
+gpu:
+	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null || \
+	  { echo "make gpu needs a CUDA device and a torch that sees it: make gpu PYTHON=/path/to/python"; exit 1; }
+	test -x $(GPU) || $(PYTHON) -m venv --system-site-packages .venv-gpu
+	$(PYTHON) -c 'import torch; print("torch==" + torch.__version__)' > .venv-gpu/torch.txt
+	$(GPU) -m pip --disable-pip-version-check install --quiet --constraint .venv-gpu/torch.txt setuptools ninja
+	$(GPU) -m pip --disable-pip-version-check install --quiet --constraint .venv-gpu/torch.txt --no-build-isolation --editable '.[test]'
+	$(GPU) -m pytest -q tests/gpu
+	$(GPU) benchmarks/gpu.py
+
 # The wheel is built from the source distribution, so that it holds nothing that the latter lacks.
 wheel: $(STAMP)
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info pnlac_fast/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-gpu build dist *.egg-info pnlac_fast/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

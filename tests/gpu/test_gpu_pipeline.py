@@ -1,0 +1,82 @@
+"""On a GPU the whole way, from cached statistics to a fine-tune with frozen neurons, gives what the CPU gives.
+
+With TRITON_INTERPRET=1 the kernels run on the CPU instead, which tries the tests themselves.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import xarray as xr
+
+from pnlac_fast.caching import cache
+from pnlac_fast.datasets import Question
+from pnlac_fast.localize import locate
+from pnlac_fast.models import load_model
+from pnlac_fast.neurons import NeuronSet
+from pnlac_fast.training import finetune
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
+if not (torch.cuda.is_available() or INTERPRETED):
+    pytest.skip("torch finds no CUDA device here", allow_module_level=True)
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# Where, and by which engine.
+PLACES = {"cpu": ("cpu", "torch"), "gpu": (DEVICE, "triton")}
+FROZEN = {0: [1, 5, 40], 2: [0, 47]}
+
+
+def contrasts(paths: dict[str, Path], kind: str, place: str, questions: tuple[Question, ...], out: Path) -> xr.Dataset:
+    device, engine = PLACES[place]
+    base, tuned = (load_model(paths[name], dtype="float32", device=device) for name in (kind, f"{kind}_tuned"))
+    cache(base, {"race": tuned}, questions, out, tokens=("last", "all"), engine=engine)
+    return xr.open_zarr(out, group="contrast").load()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_statistics_and_neurons_are_those_of_the_cpu(
+    kind: str, model_paths: dict[str, Path], questions: tuple[Question, ...], tmp_path: Path
+) -> None:
+    stores = {place: tmp_path / f"{place}.zarr" for place in PLACES}
+    found = {place: contrasts(model_paths, kind, place, questions, out) for place, out in stores.items()}
+    for name in found["cpu"].data_vars:
+        wanted, got = found["cpu"][name].values, found["gpu"][name].values
+        if np.issubdtype(wanted.dtype, np.floating):
+            # TF32 is off unless someone turns it on; float32 in another order differs in the last digits.
+            np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-5, err_msg=str(name))
+        else:
+            np.testing.assert_array_equal(got, wanted, err_msg=str(name))
+    sets = [locate(out, top=0.3, tokens="all")["race"].top for out in stores.values()]
+    for topic, top in sets[0].items():
+        # A neuron on the edge may fall to either side.
+        assert (top.member != sets[1][topic].member).mean() < 0.02
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_fine_tune_freezes_the_same_neurons_and_ends_where_the_cpu_does(
+    method: str, model_paths: dict[str, Path], questions: tuple[Question, ...]
+) -> None:
+    member = np.zeros((3, 48), bool)
+    for layer, neurons in FROZEN.items():
+        member[layer, neurons] = True
+    ends = []
+    for device, _ in PLACES.values():
+        base = load_model(model_paths["llama"], dtype="float32", device=device)
+        made = finetune(
+            base, questions, "race", "right", method=method, steps=4, inhibit=NeuronSet("some", "general", member)
+        )
+        ends.append({name: p.detach().cpu() for name, p in made.model.hf.named_parameters()})
+        if method == "full":
+            for layer, neurons in FROZEN.items():
+                for name in ("gate_proj", "up_proj"):
+                    before = base.hf.model.layers[layer].mlp.get_submodule(name).weight.detach().cpu()
+                    after = ends[-1][f"model.layers.{layer}.mlp.{name}.weight"]
+                    assert torch.equal(after[neurons], before[neurons])
+                    assert not torch.equal(after, before)
+    assert ends[0].keys() == ends[1].keys()
+    for name, wanted in ends[0].items():
+        torch.testing.assert_close(ends[1][name], wanted, rtol=1e-2, atol=1e-3)
