@@ -5,6 +5,7 @@
 #include "../contrast.h"
 #include "../dtype.h"
 #include "../masked.h"
+#include "../streams.h"
 #include "../swiglu.h"
 
 namespace pnlac {
@@ -23,6 +24,8 @@ struct Kernels {
   void (*swiglu_backward)(const SwigluBackwardParams& params, DType dtype, int64_t begin, int64_t end);
   // The neurons [first, last) of every row and group, as `contrast`.
   void (*swiglu_contrast)(const SwigluContrastParams& params, DType dtype, int64_t first, int64_t last);
+  // The sum of the int64 in the stretches [first, last) of every stream.
+  int64_t (*read_streams)(const StreamsParams& params, int64_t first, int64_t last);
 };
 
 // Of the instruction set that the environment variable PNLAC_ISA names (default, avx2, avx512) or else of the best one.

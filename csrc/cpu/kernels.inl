@@ -15,11 +15,12 @@ namespace {
 #include "vectors.inl"
 #include "sums.inl"
 #include "swiglu.inl"
+#include "streams.inl"
 }  // namespace
 
 extern const Kernels kTable;
 const Kernels kTable = {PNLAC_ISA_NAME, contrast, moments, masked_adamw, masked_sgd,
-                        swiglu, swiglu_backward, swiglu_contrast};
+                        swiglu, swiglu_backward, swiglu_contrast, read_streams};
 
 }  // namespace PNLAC_ISA
 }  // namespace pnlac
