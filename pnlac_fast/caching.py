@@ -73,7 +73,7 @@ def cache(
         Which completions are read where "completion" or "all" is asked for: "right", "left" or "both".
     batch_tokens, unit_tokens
         Tokens of one forward pass, and of one unit of work (what an interruption can cost). Default: as many a pass as
-        a quarter of the free memory holds, at most 4096 on the CPU and 16384 elsewhere; in a run that is resumed, as
+        a quarter of the free memory holds, at most 2048 on the CPU and 16384 elsewhere; in a run that is resumed, as
         before.
     engine
         Engine of :func:`pnlac_fast.ops.contrast`.
@@ -266,7 +266,7 @@ def _budget(model: Model, neurons: int) -> int:
     if model.device.type == "cuda":
         free, most = torch.cuda.mem_get_info(model.device)[0], 16384
     else:
-        free, most = psutil.virtual_memory().available, 4096
+        free, most = psutil.virtual_memory().available, 2048
     widest = max(model.width("mlp_mid"), neurons)
     token = model.hf.dtype.itemsize * (len(model.blocks) * neurons + 4 * widest + 8 * model.width("resid"))
     return 2 ** max(6, min(most, free // 4 // token).bit_length() - 1)

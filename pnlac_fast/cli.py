@@ -91,7 +91,7 @@ def commands() -> None:
 @option(
     "--batch-tokens",
     type=int,
-    help="Tokens of one forward pass. Default: what free memory holds, up to 4096, or 16384 on a GPU.",
+    help="Tokens of one forward pass. Default: what free memory holds, up to 2048, or 16384 on a GPU.",
 )
 @option("--unit-tokens", default=16384, show_default=True, help="Tokens of one unit: what an interruption can cost.")
 @option("--engine", default="auto", show_default=True, help="Engine of the sums: see pnlac-fast env.")

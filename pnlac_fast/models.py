@@ -175,9 +175,9 @@ class Model:
         assert activation is not None
 
         def forward(mlp: Any, layer: int, x: Tensor) -> Tensor:
-            gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-            mid = middle(layer, gate.flatten(0, -2), up.flatten(0, -2), activation)
-            return mlp.down_proj(mid.view(gate.shape))
+            # No name for gate and up, so that they are gone when the last projection asks for memory.
+            mid = middle(layer, mlp.gate_proj(x).flatten(0, -2), mlp.up_proj(x).flatten(0, -2), activation)
+            return mlp.down_proj(mid.view(*x.shape[:-1], mid.shape[-1]))
 
         mlps: list[Any] = [block.mlp for block in self.blocks]
         try:
