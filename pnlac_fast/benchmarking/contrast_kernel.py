@@ -10,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pnlac_fast.benchmarking.ceiling import readers
 from pnlac_fast.benchmarking.timing import interleaved, ratio
 from pnlac_fast.benchmarking.workloads import DTYPES
 from pnlac_fast.models import resolve_device
-from pnlac_fast.ops import contrast
+from pnlac_fast.ops import contrast, engines
 
-ROWS, NEURONS, GROUPS = 1024, 14336, 4  # the width of Llama-3.1-8B's MLP
+ROWS, NEURONS, GROUPS = 4096, 14336, 4  # the width of Llama-3.1-8B's MLP; no cache holds so much
 
 Sums = Callable[[], Tensor]
 
@@ -63,8 +64,10 @@ def measure(
     Returns
     -------
     dict
-        By dtype: ``torch_vs_ours`` and, on the CPU, ``numpy_vs_ours``, how many times longer they take. Besides:
-        ``rows``, ``neurons``, ``groups``.
+        By dtype: ``torch_vs_ours`` and, on the CPU, ``numpy_vs_ours``, how many times longer they take, and with the
+        compiled library ``read_vs_ours``, the share of the read ceiling that the kernel reaches: the time to read the
+        same bytes and do nothing (:func:`pnlac_fast.benchmarking.ceiling.readers`, the fastest of a round) over ours.
+        Besides: ``rows``, ``neurons``, ``groups``.
 
     Raises
     ------
@@ -82,6 +85,12 @@ def measure(
         for way, run in found.items():
             if not torch.allclose(run(), exact, rtol=1e-6, atol=1e-4):
                 raise RuntimeError(f"The contrast of '{way}' in {name} is not that of float64: no timing")
-        seconds = interleaved(found, repeats, place, warm=False)
+        bare: dict[str, Callable[[], Any]] = {}
+        if place.type == "cpu" and engines()["cpp"] == "available":
+            bare = readers(2 * base.numel() * dtype.itemsize)
+        seconds = interleaved({**found, **bare}, repeats, place)
         result[name] = {f"{way}_vs_ours": ratio(seconds[way], seconds["ours"]) for way in found if way != "ours"}
+        if bare:
+            fastest = [min(round_) for round_ in zip(*(seconds[way] for way in bare), strict=True)]
+            result[name]["read_vs_ours"] = ratio(fastest, seconds["ours"])
     return result
