@@ -15,7 +15,7 @@ from pnlac_fast import ops, prompts
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
 from pnlac_fast.packing import Pack, packs
-from pnlac_fast.passes import SHORTCUTS, run
+from pnlac_fast.passes import run
 from pnlac_fast.prompts import Batch, Text
 
 RAW = ("none", "last", "full")
@@ -86,7 +86,7 @@ def accumulate(
     batch_tokens: int = 2048,
     engine: str = "auto",
     first_example: int = 0,
-    shortcuts: Collection[str] = SHORTCUTS,
+    shortcuts: Collection[str],
 ) -> Sums:
     """Run base and every tuned model over ``texts`` and return their additive sums.
 
@@ -95,7 +95,8 @@ def accumulate(
     batch_tokens
         Tokens of one forward pass.
     shortcuts
-        Which of :data:`pnlac_fast.passes.SHORTCUTS` to take. They save work and change results by rounding only.
+        Which of :data:`pnlac_fast.passes.SHORTCUTS` to take, as :func:`pnlac_fast.passes.usable` gives them. They save
+        work and change results by rounding only.
 
     Raises
     ------

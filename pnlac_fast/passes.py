@@ -17,7 +17,7 @@ from pnlac_fast.prompts import Batch
 SHORTCUTS = {
     "share": "compute what texts have in common at the front once",
     "pack": "run texts as one row without padding",
-    "fuse": "compute the product in the middle of an MLP, and its sums, in one pass",
+    "fuse": "compute the product in the middle of an MLP, and its sums, in one pass (on a GPU)",
     "stop": "compute nothing behind the last site, nor rows there that are not read",
     "base": "run the base model once for all tuned models",
     "overlap": "write one unit while the next is computed",
@@ -107,7 +107,7 @@ def usable(model: Model, shortcuts: Collection[str], *, longest: int, engine: st
     longest
         Tokens of the longest text.
     engine
-        Engine of the sums; only "auto" and "cpp" or "triton" fuse.
+        Engine of the sums; only "auto" and "triton" fuse.
     """
     wanted = set(shortcuts)
     chunk = getattr(model.hf.config.get_text_config(), "attention_chunk_size", None)
@@ -116,15 +116,15 @@ def usable(model: Model, shortcuts: Collection[str], *, longest: int, engine: st
     if not ops.fuses(model.device, engine) or model.activation is None:
         wanted.discard("fuse")
     for name in ("pack", "fuse"):
-        if name in wanted and not _agrees(model, name):
+        if name in wanted and not agrees(model, name):
             wanted.discard(name)
     if "pack" not in wanted:
         wanted.discard("share")
     return [name for name in SHORTCUTS if name in wanted]
 
 
-def _agrees(model: Model, shortcut: str) -> bool:
-    """Whether a shortcut gives the last hidden states of the plain way."""
+def agrees(model: Model, shortcut: str) -> bool:
+    """Whether "pack" or "fuse" gives the last hidden states of the plain way, on a few short texts."""
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.hf.config.get_text_config().vocab_size, (11,), generator=draw).tolist()
     texts = [tokens[:7], [*tokens[:4], *tokens[8:11]], [*tokens[:6], tokens[9]], tokens[5:10]]

@@ -14,7 +14,7 @@ from pnlac_fast.benchmarking.workloads import Workload
 from pnlac_fast.packing import packs
 from pnlac_fast.passes import SHORTCUTS, run
 
-BUDGET = 4096  # tokens of a pass
+BUDGET = 2048  # tokens of a pass
 PLAIN = tuple(name for name in SHORTCUTS if name != "fuse")
 
 

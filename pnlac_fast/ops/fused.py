@@ -116,6 +116,10 @@ _SWIGLU_CONTRAST = define(
 
 
 def fuses(device: torch.device, engine: str = "auto") -> bool:
-    """Whether a compiled engine computes :func:`swiglu_contrast` on a device; the reference in torch saves nothing."""
+    """Whether computing the product and its sums in one pass saves time on a device.
+
+    Not on the CPU: there a whole capture took 1.04 of the bare passes with it and 1.02 without (hidden 2048, float32,
+    one thread), since a row is still in cache when the sums come to it. On CUDA it spares passes over memory.
+    """
     compiled = [e for e in PREFERRED.get(device.type, ()) if e in _SWIGLU_CONTRAST.engines and e != "torch"]
-    return any(engines()[e] == "available" and engine in ("auto", e) for e in compiled)
+    return device.type != "cpu" and any(engines()[e] == "available" and engine in ("auto", e) for e in compiled)
