@@ -20,6 +20,7 @@ from pnlac_fast.prompts import Batch, Text
 
 RAW = ("none", "last", "full")
 BASE, TUNED = [0, 2], [1, 3, 4]  # where ops.contrast keeps the sums of base, and those of tuned and difference
+MOST = 0.5  # share of read rows from which base keeps a whole activation rather than a copy of these rows
 DENSE = 0.25  # share of counted rows from which the sums are taken up while the MLP computes them
 
 
@@ -130,9 +131,12 @@ def accumulate(
             keep = raw != "none"
             streams = _contrast(model, batch, sites, selection, reference, sums, engine, shortcuts, keep)
             _keep(kept, name, streams, layers)
-            _give_back(base.device)
         if raw != "none":
-            _keep(kept, "base", {at: rows[selection.keep] for at, rows in reference.items()}, layers)
+            _keep(
+                kept, "base", {at: a[_base_rows(a, selection)[selection.keep]] for at, a in reference.items()}, layers
+            )
+        del reference
+        _give_back(base.device)
 
     expected = [sum(len(text.positions(name)) for text in texts) for name in tokens]
     if counts.tolist() != expected:
@@ -180,22 +184,32 @@ def _select(batch: Batch | Pack, flat: Sequence[Sequence[int]], raw: Sequence[in
 def _read(
     model: Model, batch: Batch | Pack, sites: Sequence[str], selection: Selection, shortcuts: Collection[str]
 ) -> dict[tuple[str, int], Tensor]:
-    """The taken rows of each site and layer in one pass, [kept, neuron]."""
+    """The rows of each site and layer in one pass, [row, neuron]: those taken, or all where most are taken anyway."""
     # All layers in one block of memory: one for each, between what comes and goes in a pass, would leave gaps that the
     # next pass, of another size, cannot use.
     shape = (len(model.blocks), len(selection.take))
-    seen: dict[str, Tensor] = {}
+    few = len(selection.take) < MOST * len(selection.place)
+    blocks: dict[str, Tensor] = {}
+    seen: dict[tuple[str, int], Tensor] = {}
 
     def visit(site: str, layer: int, activation: Tensor, taken: bool) -> None:
-        if site not in seen:
-            seen[site] = activation.new_empty(*shape, activation.shape[1])
-        if taken:
-            seen[site][layer] = activation
-        else:
-            torch.index_select(activation, 0, selection.take, out=seen[site][layer])
+        # What leaves an MLP or a block, other code may still change in place; nothing does what enters a projection.
+        if taken or (site == "mlp_mid" and not few):
+            seen[site, layer] = activation
+            return
+        if site not in blocks:
+            blocks[site] = activation.new_empty(*shape, activation.shape[1])
+        seen[site, layer] = torch.index_select(activation, 0, selection.take, out=blocks[site][layer])
 
     run(model, batch, sites, visit, take=selection.take, shortcuts=shortcuts)
-    return {(site, layer): rows for site, layers in seen.items() for layer, rows in enumerate(layers)}
+    return seen
+
+
+def _base_rows(activation: Tensor, selection: Selection) -> Tensor:
+    """int64 [kept]: where the taken rows are in an activation that :func:`_read` gave."""
+    if len(activation) == len(selection.take):
+        return torch.arange(len(selection.take), device=activation.device)
+    return selection.take
 
 
 def _contrast(
@@ -217,11 +231,13 @@ def _contrast(
     def middle(layer: int, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         assert counts is not None
         whole = len(gate) == len(selection.place)
+        base = reference["mlp_mid", layer]
+        place = selection.place if whole else all_taken
         return ops.swiglu_contrast(
             gate,
             up,
-            reference["mlp_mid", layer],
-            selection.place if whole else all_taken,
+            base,
+            torch.where(place < 0, place, _base_rows(base, selection)[place]),
             counts if whole else counts[:, selection.take],
             sums["mlp_mid"][layer],
             activation,
@@ -237,7 +253,7 @@ def _contrast(
                 rows[selection.rows],
                 selection.offsets,
                 sums[site][layer],
-                base_rows=selection.rows,
+                base_rows=_base_rows(reference[site, layer], selection)[selection.rows],
                 engine=engine,
             )
         if keep:
