@@ -118,8 +118,9 @@ _SWIGLU_CONTRAST = define(
 def fuses(device: torch.device, engine: str = "auto") -> bool:
     """Whether computing the product and its sums in one pass saves time on a device.
 
-    Not on the CPU: there a whole capture took 1.04 of the bare passes with it and 1.02 without (hidden 2048, float32,
-    one thread), since a row is still in cache when the sums come to it. On CUDA it spares passes over memory.
+    Not on the CPU: there a whole capture took 1.030 of the bare passes with it and 1.027 without (hidden 2048, float32,
+    one thread, medians of five), since a row is still in cache when the sums come to it. On CUDA it spares passes over
+    memory.
     """
     compiled = [e for e in PREFERRED.get(device.type, ()) if e in _SWIGLU_CONTRAST.engines and e != "torch"]
     return device.type != "cpu" and any(engines()[e] == "available" and engine in ("auto", e) for e in compiled)
