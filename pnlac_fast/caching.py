@@ -16,10 +16,12 @@ import torch
 from tqdm import tqdm
 
 from pnlac_fast import ops, prompts
+from pnlac_fast.architecture import SITES
 from pnlac_fast.capture import RAW, Sums, accumulate, raw_positions
 from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint
 from pnlac_fast.errors import Interrupted, UserError, unknown
-from pnlac_fast.models import SITES, Model, open_models
+from pnlac_fast.loading import open_models
+from pnlac_fast.models import Model
 from pnlac_fast.packing import in_order
 from pnlac_fast.passes import SHORTCUTS, usable
 from pnlac_fast.prompts import DEFAULT_TEMPLATE, TOKENS, Text

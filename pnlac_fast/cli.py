@@ -36,7 +36,7 @@ CLASSIFIER = ("scorer", ("classifier",))
 def _loaded(given: dict[str, Any]) -> dict[str, Any]:
     """Replace the loading options among ``given`` by the loaded model, questions and template."""
     from pnlac_fast.datasets import load_questions
-    from pnlac_fast.models import load_model
+    from pnlac_fast.loading import load_model
     from pnlac_fast.prompts import load_template
 
     options = {name: given.pop(name) for name in ("revision", "dtype", "device", "trust_remote_code")}

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from pnlac_fast.errors import UserError
-from pnlac_fast.models import FINETUNE_FILE
+from pnlac_fast.loading import FINETUNE_FILE
 from pnlac_fast.trajectory import TRAJECTORY_FILE, load_trajectory
 
 

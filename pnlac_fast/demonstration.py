@@ -25,8 +25,9 @@ from pnlac_fast.caching import cache
 from pnlac_fast.comparison import as_run, join
 from pnlac_fast.datasets import load_questions
 from pnlac_fast.errors import UserError
+from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.localize import find, locate
-from pnlac_fast.models import Model, load_model, load_tuned
+from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet, random_like
 from pnlac_fast.patching import patch
 from pnlac_fast.reporting import report

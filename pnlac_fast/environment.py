@@ -10,7 +10,8 @@ import torch
 
 import pnlac_fast
 from pnlac_fast import ops
-from pnlac_fast.models import SITES, load_model
+from pnlac_fast.architecture import SITES
+from pnlac_fast.loading import load_model
 from pnlac_fast.provenance import PACKAGES, versions
 
 

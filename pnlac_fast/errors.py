@@ -34,3 +34,8 @@ def unknown(kind: str, value: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(value, names, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
     return UserError(f"There is no {kind} '{value}'.{hint} Known: {', '.join(names) or 'none'}.")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message, or its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,7 +12,8 @@ import torch
 from pnlac_fast import prompts
 from pnlac_fast.datasets import Question, as_questions
 from pnlac_fast.errors import UserError
-from pnlac_fast.models import Model, open_models
+from pnlac_fast.loading import open_models
+from pnlac_fast.models import Model
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
 
 

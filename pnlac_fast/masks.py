@@ -16,8 +16,9 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from pnlac_fast.adapters import Weights
 from pnlac_fast.errors import UserError, unknown
-from pnlac_fast.models import Model, Weights
+from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.optimizers import StepMask
 from pnlac_fast.slices import PARTS

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pnlac_fast import ops, prompts
-from pnlac_fast.models import SITES, Model
+from pnlac_fast.architecture import SITES
+from pnlac_fast.models import Model
 from pnlac_fast.packing import Pack, attending, packs
 from pnlac_fast.prompts import Batch
 

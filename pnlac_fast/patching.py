@@ -17,7 +17,8 @@ from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.generation import answers
 from pnlac_fast.judges import Classifier, train
-from pnlac_fast.models import Model, open_models, topic_of
+from pnlac_fast.loading import open_models, topic_of
+from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet, choose, load_sets, random_like
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
 from pnlac_fast.provenance import provenance

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pnlac_fast.adapters import Weights
 from pnlac_fast.errors import UserError
-from pnlac_fast.models import Model, Weights
+from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet, from_record, to_record
 from pnlac_fast.slices import PARTS, Slices, fingerprint
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pnlac_fast.adapters import Weights
 from pnlac_fast.errors import UserError
-from pnlac_fast.models import Model, Weights
+from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.sliced_linear import SlicedLinear
 

@@ -15,7 +15,8 @@ from pnlac_fast import coupling, prompts
 from pnlac_fast import store as stores
 from pnlac_fast.datasets import Question, as_questions, fingerprint, paired
 from pnlac_fast.errors import UserError, unknown
-from pnlac_fast.models import Model, open_models, topic_of
+from pnlac_fast.loading import open_models, topic_of
+from pnlac_fast.models import Model
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
 from pnlac_fast.provenance import provenance
 

@@ -24,10 +24,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
+from pnlac_fast.adapters import Weights
 from pnlac_fast.datasets import SIDES, Question, as_questions, by_topic, fingerprint
 from pnlac_fast.errors import Interrupted, UserError, unknown
 from pnlac_fast.inhibition import InhibitFT
-from pnlac_fast.models import FINETUNE_FILE, SLICES_FILE, Model, Weights, load_model, weights_sha256
+from pnlac_fast.loading import FINETUNE_FILE, SLICES_FILE, load_model, weights_sha256
+from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.prompts import DEFAULT_TEMPLATE, encode_completion, encode_prompt
 from pnlac_fast.provenance import provenance
@@ -318,7 +320,7 @@ class _Run:
         return out
 
     def result(self, path: Path | None, record: Mapping[str, Any]) -> Model:
-        """The tuned model, as :func:`pnlac_fast.models.load_tuned` would give it."""
+        """The tuned model, as :func:`pnlac_fast.loading.load_tuned` would give it."""
         name = str(self.settings["tuned_topic"]) if path is None else path.name
         lora = "lora" in self.settings
         origin: dict[str, Any] = {

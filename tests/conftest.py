@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from pnlac_fast.datasets import Question
-from pnlac_fast.models import Model, load_model
+from pnlac_fast.loading import load_model
+from pnlac_fast.models import Model
 
 torch.set_num_threads(1)  # models this small lose by threads
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pnlac_fast.benchmarking.ceiling import readers
 from pnlac_fast.benchmarking.timing import interleaved, ratio
 from pnlac_fast.benchmarking.workloads import DTYPES
-from pnlac_fast.models import resolve_device
+from pnlac_fast.loading import resolve_device
 from pnlac_fast.ops import contrast, engines
 
 ROWS, NEURONS, GROUPS = 4096, 14336, 4  # the width of Llama-3.1-8B's MLP; no cache holds so much

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pnlac_fast.benchmarking.timing import interleaved, ratio
-from pnlac_fast.models import resolve_device
+from pnlac_fast.loading import resolve_device
 from pnlac_fast.ops import masked_adamw
 from pnlac_fast.optimizers import StepMask, mask_step
 

@@ -13,7 +13,7 @@ from pnlac_fast.benchmarking.timing import CLOCKS, use_clock
 from pnlac_fast.benchmarking.timing import threads as use_threads
 from pnlac_fast.benchmarking.workloads import DTYPES, SHAPES, make_workload
 from pnlac_fast.errors import UserError, unknown
-from pnlac_fast.models import resolve_device
+from pnlac_fast.loading import resolve_device
 from pnlac_fast.provenance import provenance
 
 PARTS = ("localise", "overhead", "contrast_kernel", "masked_step", "training_step", "memory")

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pnlac_fast.adapters import quiet
+from pnlac_fast.architecture import MLP_PROJECTIONS
 from pnlac_fast.benchmarking.timing import interleaved, ratio
 from pnlac_fast.benchmarking.workloads import DTYPES, SHAPES, make_model
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.inhibition import InhibitFT
-from pnlac_fast.models import MLP_PROJECTIONS, quiet, resolve_device
+from pnlac_fast.loading import resolve_device
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.slices import PARTS, slice_neurons
 

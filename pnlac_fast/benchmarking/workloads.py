@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from pnlac_fast import prompts
+from pnlac_fast.adapters import Weights, quiet
 from pnlac_fast.datasets import Question, by_topic
 from pnlac_fast.errors import UserError, unknown
-from pnlac_fast.models import Model, Weights, quiet, resolve_device
+from pnlac_fast.loading import resolve_device
+from pnlac_fast.models import Model
 from pnlac_fast.prompts import Text
 from pnlac_fast.testbed.tokenizer import build_tokenizer
 

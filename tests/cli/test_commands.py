@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 import pnlac_fast
 from pnlac_fast import store as stores
 from pnlac_fast.datasets import load_questions
+from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.localize import locate
-from pnlac_fast.models import load_model, load_tuned
 from pnlac_fast.neurons import load_sets
 from pnlac_fast.stance import margins, score, summary
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pnlac_fast import store as stores
-from pnlac_fast.models import load_model
+from pnlac_fast.loading import load_model
 
 USAGE, MEND, STOPPED = 2, 3, 4
 

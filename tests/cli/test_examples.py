@@ -13,7 +13,7 @@ import torch
 import xarray as xr
 
 from pnlac_fast.datasets import Question, save_questions
-from pnlac_fast.models import load_model, load_tuned
+from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.neurons import load_sets
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -15,8 +15,8 @@ import xarray as xr
 
 from pnlac_fast.caching import cache
 from pnlac_fast.datasets import Question
+from pnlac_fast.loading import load_model
 from pnlac_fast.localize import locate
-from pnlac_fast.models import load_model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.training import finetune
 

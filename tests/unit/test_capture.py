@@ -15,11 +15,13 @@ import torch
 import xarray as xr
 
 from pnlac_fast import store as stores
+from pnlac_fast.architecture import SITES
 from pnlac_fast.caching import cache, plan
 from pnlac_fast.capture import accumulate
 from pnlac_fast.datasets import Question
 from pnlac_fast.errors import Interrupted, UserError
-from pnlac_fast.models import SITES, Model, load_model, load_tuned
+from pnlac_fast.loading import load_model, load_tuned
+from pnlac_fast.models import Model
 from pnlac_fast.passes import SHORTCUTS, usable
 from pnlac_fast.prompts import TOKENS, encode
 

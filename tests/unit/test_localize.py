@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from pnlac_fast import localize
 from pnlac_fast import store as stores
 from pnlac_fast.errors import UserError
+from pnlac_fast.loading import load_model
 from pnlac_fast.localize import find, grow, locate, ranks, top_set
-from pnlac_fast.models import Model, load_model
+from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet, for_training, load_sets, random_like, save_sets
 
 TOPICS = ["race", "science", "economy"]

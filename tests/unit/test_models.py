@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pnlac_fast.architecture import SITES
 from pnlac_fast.errors import UserError
-from pnlac_fast.models import SITES, Model, load_model, load_tuned
+from pnlac_fast.loading import load_model, load_tuned
+from pnlac_fast.models import Model
 
 IDS = torch.tensor([[1, 5, 9, 12, 7]])
 

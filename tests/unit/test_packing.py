@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pnlac_fast.models import Model, Weights
+from pnlac_fast.adapters import Weights
+from pnlac_fast.models import Model
 from pnlac_fast.packing import Pack, attending, packs
 from pnlac_fast.passes import SHORTCUTS, agrees, usable
 

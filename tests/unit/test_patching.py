@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from pnlac_fast import store as stores
+from pnlac_fast.architecture import SITES
 from pnlac_fast.caching import cache
 from pnlac_fast.errors import UserError
 from pnlac_fast.generation import answers
+from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.localize import locate
-from pnlac_fast.models import SITES, Model, load_model, load_tuned
+from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.patching import patch, patched
 from pnlac_fast.stance import margins

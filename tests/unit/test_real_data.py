@@ -19,11 +19,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from pnlac_fast import store as stores
+from pnlac_fast.architecture import SITES
 from pnlac_fast.caching import cache
 from pnlac_fast.datasets import Question, load_questions
 from pnlac_fast.judges import train
+from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.localize import locate
-from pnlac_fast.models import SITES, Model, load_model, load_tuned
+from pnlac_fast.models import Model
 from pnlac_fast.neurons import load_sets
 from pnlac_fast.patching import patch
 from pnlac_fast.prompts import encode_prompt

@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pnlac_fast import finetune
 from pnlac_fast.datasets import Question
 from pnlac_fast.errors import UserError
-from pnlac_fast.models import Model, load_model, load_tuned, weights_sha256
+from pnlac_fast.loading import load_model, load_tuned, weights_sha256
+from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.slice_file import load_slices, merge_slices, save_slices
 from pnlac_fast.slices import slice_neurons

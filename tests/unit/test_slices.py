@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from pnlac_fast.adapters import Weights
 from pnlac_fast.errors import UserError
-from pnlac_fast.models import Model, Weights
+from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.sliced_linear import SlicedLinear
 from pnlac_fast.slices import PARTS, Slices, slice_neurons

@@ -10,7 +10,8 @@ import torch
 
 from pnlac_fast.datasets import Question
 from pnlac_fast.errors import UserError
-from pnlac_fast.models import Model, load_model, load_tuned
+from pnlac_fast.loading import load_model, load_tuned
+from pnlac_fast.models import Model
 from pnlac_fast.stance import margins, score, summary
 
 

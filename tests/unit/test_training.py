@@ -20,7 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from pnlac_fast import training
 from pnlac_fast.datasets import Question
 from pnlac_fast.errors import Interrupted, UserError
-from pnlac_fast.models import Model, load_model, load_tuned
+from pnlac_fast.loading import load_model, load_tuned
+from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.stance import margins
 from pnlac_fast.training import FineTune, finetune

@@ -1,0 +1,179 @@
+"""Loading decoders: base models, full checkpoints and adapters, with their tokenizer and their origin."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pnlac_fast.adapters import Weights, attach, quiet
+from pnlac_fast.architecture import blocks_of
+from pnlac_fast.errors import UserError, first_line, unknown
+from pnlac_fast.models import Model
+
+FINETUNE_FILE = "pnlac.json"  # written beside every fine-tuned model: what it was tuned on, and how
+SLICES_FILE = "neuron_slices.safetensors"  # beside a full fine-tune of a few neurons: these alone
+
+
+def load_model(
+    source: str | Path,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load a decoder from a Hugging Face id or a local directory, in evaluation mode.
+
+    Parameters
+    ----------
+    source
+        Hub id, or a directory with ``config.json``, safetensors weights and a tokenizer.
+    name
+        Name to use in stores; default: the last part of ``source``.
+    revision
+        Hub revision.
+    dtype
+        "auto" (as stored), "float32", "bfloat16", "float16" or "float64".
+    device
+        "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+    trust_remote_code
+        Whether code from the model repository may run. Off by default.
+
+    Raises
+    ------
+    UserError
+        The model cannot be loaded, has no safetensors weights, or its blocks have no gated MLP.
+    """
+    from transformers import AutoModelForCausalLM
+
+    source = str(source)
+    if dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
+        raise unknown("dtype", dtype, ("auto", "float32", "bfloat16", "float16", "float64"))
+    if (Path(source) / "adapter_config.json").is_file():
+        raise UserError(f"'{source}' is an adapter: give its base model as --model and the adapter as --tuned.")
+    place = resolve_device(device)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        with quiet():
+            hf: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"Cannot load the model '{source}': {first_line(error)}") from error
+    hf.to(place)
+    hf.eval()
+    blocks_of(hf)
+    tokenizer = _load_tokenizer(source, options)
+    origin = {
+        "source": source,
+        "revision": getattr(hf.config, "_commit_hash", None) or revision,
+        "sha256": weights_sha256(source),
+        "type": hf.config.model_type,
+        "dtype": str(hf.dtype).removeprefix("torch."),
+        **_finetune_record(source),
+    }
+    return Model(Weights(hf), tokenizer, name or _short_name(source), origin)
+
+
+def load_tuned(base: Model, source: str | Path, *, name: str | None = None) -> Model:
+    """Load a tuned model: a PEFT adapter onto ``base``'s own weights, unmerged, or a full checkpoint beside it.
+
+    Raises
+    ------
+    UserError
+        The adapter was made for a base of another shape, is not stored as safetensors, or the checkpoint's layers
+        or vocabulary differ from the base's.
+    """
+    source, name = str(source), name or _short_name(str(source))
+    if not (Path(source) / "adapter_config.json").is_file():
+        dtype = str(base.hf.dtype).removeprefix("torch.")
+        tuned = load_model(source, name=name, dtype=dtype, device=str(base.device))
+        for what, mine, theirs in (
+            ("layers", len(base.blocks), len(tuned.blocks)),
+            ("MLP neurons", base.width("mlp_mid"), tuned.width("mlp_mid")),
+            ("tokens in the vocabulary", base.hf.config.vocab_size, tuned.hf.config.vocab_size),
+        ):
+            if mine != theirs:
+                raise UserError(
+                    f"'{source}' has {theirs} {what}, the base model {mine}: give a model tuned from this base."
+                )
+        return tuned
+    if not (Path(source) / "adapter_model.safetensors").is_file():
+        raise UserError(f"The adapter '{source}' has no adapter_model.safetensors: save it with safetensors.")
+    attach(base.weights, source, name)
+    origin = {"source": source, "sha256": weights_sha256(source), "type": "adapter", **_finetune_record(source)}
+    return Model(base.weights, base.tokenizer, name, origin, adapter=name)
+
+
+def open_models(model: Model | str | Path, tuned: Mapping[str, Model | str | Path]) -> tuple[Model, dict[str, Model]]:
+    """The base model and the tuned ones by name; what is not loaded yet is loaded with default settings.
+
+    Raises
+    ------
+    UserError
+        A tuned model is called "base", or cannot be loaded.
+    """
+    base = model if isinstance(model, Model) else load_model(model)
+    if "base" in tuned:
+        raise UserError("A tuned model cannot be called 'base': name it with --tuned NAME=PATH.")
+    return base, {name: t if isinstance(t, Model) else load_tuned(base, t, name=name) for name, t in tuned.items()}
+
+
+def topic_of(model: Model, name: str, topics: Collection[str]) -> str:
+    """What a model was tuned on: as recorded beside it, else its name where that is one of ``topics``, else ""."""
+    return model.tuned_topic or (name if name in topics else "")
+
+
+def weights_sha256(source: str) -> str | None:
+    """sha256 over the weights of a local directory, None for a hub id (its revision says as much).
+
+    Over its safetensors files and, for an adapter, its configuration, which scales the weights.
+    """
+    files = sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []
+    files = [file for file in files if file.name != SLICES_FILE]
+    if not files:
+        return None
+    files += sorted(Path(source).glob("adapter_config.json"))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as handle:
+            while chunk := handle.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name, "auto" being CUDA where there is one; refused where it cannot hold a tensor."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"The device '{name}' cannot be used here ({first_line(error)[:60]}): give --device cpu, cuda or cuda:N."
+        ) from error
+
+
+def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"Cannot load a tokenizer from '{source}': {first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"The tokenizer of '{source}' gives no character offsets: install its fast version.")
+    return tokenizer
+
+
+def _finetune_record(source: str) -> dict[str, Any]:
+    file = Path(source) / FINETUNE_FILE
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _short_name(source: str) -> str:
+    return Path(source).resolve().name if Path(source).exists() else source.rsplit("/", 1)[-1]
