@@ -247,11 +247,11 @@ def test_finetune_options_change_the_weights(cli, base, tmp_path: Path, options:
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(cli, base, tmp_path: Path, monkeypatch) -> None:
-    from pnlac_fast.training import _Run
+    from pnlac_fast.run import Run
 
     asked, recomputed = ["finetune", *base, "--topic", "race", *SMALL], []
-    real = _Run.checkpoint_activations
-    monkeypatch.setattr(_Run, "checkpoint_activations", lambda self: (recomputed.append(1), real(self)))
+    real = Run.checkpoint_activations
+    monkeypatch.setattr(Run, "checkpoint_activations", lambda self: (recomputed.append(1), real(self)))
     done(cli(*asked, "--out", tmp_path / "with", "--gradient-checkpointing"))
     assert recomputed == [1]
     done(cli(*asked, "--out", tmp_path / "without"))
@@ -276,12 +276,12 @@ def test_finetune_measures_along_the_way(cli, base, world: Path, questions, tmp_
 
 
 def test_a_full_finetune_needs_no_second_copy(cli, base, tmp_path: Path, monkeypatch) -> None:
-    from pnlac_fast import training
+    from pnlac_fast import run
 
     def no_copy(*_: object, **__: object) -> None:
         raise AssertionError("the model was copied")
 
-    monkeypatch.setattr(training, "_copy", no_copy)
+    monkeypatch.setattr(run, "_copy", no_copy)
     done(cli("finetune", *base, "--topic", "race", *SMALL, "--method", "full", "--out", tmp_path / "t"))
 
 

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from pnlac_fast import training
+from pnlac_fast import run
+from pnlac_fast.completions import collate, encode_rows
 from pnlac_fast.datasets import Question
 from pnlac_fast.errors import Interrupted, UserError
 from pnlac_fast.loading import load_model, load_tuned
@@ -119,10 +120,10 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_loss_is_on_the_completion_and_the_end_only(base: Model) -> None:
     question = Question("race", "w20 w21 w22", ("w1",), ("w11 w12 w13",))
     rows = [
-        *training._rows(base, [question], "right", "{instruction}"),
-        *training._rows(base, [question], "left", "Q: {instruction}"),
+        *encode_rows(base, [question], "right", "{instruction}"),
+        *encode_rows(base, [question], "left", "Q: {instruction}"),
     ]
-    batch = training._collate(rows)
+    batch = collate(rows)
     assert batch["input_ids"].tolist() == [[1, 24, 25, 26, 5, 2, 0, 0, 0], [1, 3, 24, 25, 26, 15, 16, 17, 2]]
     assert batch["attention_mask"].sum(1).tolist() == [6, 9]
     assert batch["labels"].tolist() == [
@@ -307,7 +308,7 @@ def test_activation_checkpointing_gives_the_same_bits(method: str, base: Model) 
 
 def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the batch of a step is made."""
-    calls, collate = [0], training._collate
+    calls = [0]
 
     def stop(rows: Any) -> Any:
         calls[0] += 1
@@ -315,7 +316,7 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return collate(rows)
 
-    monkeypatch.setattr(training, "_collate", stop)
+    monkeypatch.setattr(run, "collate", stop)
 
 
 @pytest.mark.parametrize(("method", "mode"), [("full", "freeze"), ("full", "specific"), ("lora", "freeze")])
