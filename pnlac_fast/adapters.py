@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pnlac_fast.errors import UserError, first_line
+from pnlac_fast.tensor_parallel import WHOLE, Part
 
 
 @dataclass(eq=False)
@@ -20,6 +21,7 @@ class Weights:
     peft: Any = None
     attached: list[str] = field(default_factory=list)
     on: str | None = None
+    part: Part = WHOLE
 
     def switch(self, adapter: str | None) -> None:
         """Switch one adapter on, or all of them off."""
@@ -42,6 +44,8 @@ def attach(weights: Weights, source: str, name: str) -> None:
         raise UserError(f"Two tuned models are called '{name}': name them apart with --tuned NAME=PATH.")
     with safe_open(Path(source) / "adapter_model.safetensors", framework="pt") as file:
         stored = {key for key in sorted(file.keys()) if ".lora_" in key or ".ia3_" in key}
+    if weights.part != WHOLE and any(".ia3_" in key for key in stored):  # PEFT divides LoRA only
+        raise UserError(f"The adapter '{source}' is IA3, which cannot be divided: leave --tp out.")
     try:
         with quiet():
             if weights.peft is None:
@@ -50,7 +54,8 @@ def attach(weights: Weights, source: str, name: str) -> None:
                 peft = weights.peft
                 peft.load_adapter(source, adapter_name=name)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"The adapter '{source}' does not fit this base model: {first_line(error)}") from error
+        what = "this base model" if weights.part == WHOLE else "a tensor-parallel model, though it may fit a whole one"
+        raise UserError(f"The adapter '{source}' does not fit {what}: {first_line(error)}") from error
     placed = sum(f".{name}." in f"{key}." and (".lora_" in key or ".ia3_" in key) for key in peft.state_dict())
     if placed != len(stored):
         raise UserError(

@@ -91,6 +91,9 @@ def accumulate(
 ) -> Sums:
     """Run base and every tuned model over ``texts`` and return their additive sums.
 
+    Of a tensor-parallel model each process gets those of its :attr:`Model.part` of the neurons of every site, and all
+    processes must make the same calls.
+
     Parameters
     ----------
     batch_tokens
@@ -108,7 +111,9 @@ def accumulate(
     """
     layers, groups = len(base.blocks), len(tokens)
     state = {
-        site: torch.zeros(len(tuned), layers, groups, 5, base.width(site), dtype=torch.float64, device=base.device)
+        site: torch.zeros(
+            len(tuned), layers, groups, 5, base.local_width(site), dtype=torch.float64, device=base.device
+        )
         for site in sites
     }
     counts = np.zeros(groups, np.int64)
@@ -193,6 +198,7 @@ def _read(
     seen: dict[tuple[str, int], Tensor] = {}
 
     def visit(site: str, layer: int, activation: Tensor, taken: bool) -> None:
+        activation = model.part.cut(site, activation)
         # What leaves an MLP or a block, other code may still change in place; nothing does what enters a projection.
         if taken or (site == "mlp_mid" and not few):
             seen[site, layer] = activation
@@ -245,7 +251,7 @@ def _contrast(
         )
 
     def visit(site: str, layer: int, activation: Tensor, taken: bool) -> None:
-        rows = all_taken if taken else selection.take
+        activation, rows = model.part.cut(site, activation), all_taken if taken else selection.take
         if not (dense and site == "mlp_mid"):
             ops.contrast(
                 reference[site, layer],

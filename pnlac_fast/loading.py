@@ -14,6 +14,7 @@ from pnlac_fast.adapters import Weights, attach, quiet
 from pnlac_fast.architecture import blocks_of
 from pnlac_fast.errors import UserError, first_line, unknown
 from pnlac_fast.models import Model
+from pnlac_fast.tensor_parallel import WHOLE, check, joined, sharding
 
 FINETUNE_FILE = "pnlac.json"  # written beside every fine-tuned model: what it was tuned on, and how
 SLICES_FILE = "neuron_slices.safetensors"  # beside a full fine-tune of a few neurons: these alone
@@ -27,6 +28,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    tp: bool = False,
 ) -> Model:
     """Load a decoder from a Hugging Face id or a local directory, in evaluation mode.
 
@@ -44,27 +46,36 @@ def load_model(
         "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
     trust_remote_code
         Whether code from the model repository may run. Off by default.
+    tp
+        Tensor parallel: load this process's part of the model (:attr:`Model.part`), one of as many equal ones as
+        torchrun has started processes. transformers chooses the devices.
 
     Raises
     ------
     UserError
-        The model cannot be loaded, has no safetensors weights, or its blocks have no gated MLP.
+        The model cannot be loaded, has no safetensors weights, its blocks have no gated MLP, or it cannot be divided.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     source = str(source)
     if dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
         raise unknown("dtype", dtype, ("auto", "float32", "bfloat16", "float16", "float64"))
     if (Path(source) / "adapter_config.json").is_file():
         raise UserError(f"'{source}' is an adapter: give its base model as --model and the adapter as --tuned.")
-    place = resolve_device(device)
-    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if tp and device != "auto":
+        raise UserError("A tensor-parallel model is placed by transformers: leave --device out.")
+    part, place = joined() if tp else WHOLE, resolve_device(device)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         with quiet():
-            hf: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+            parts = {"distributed_config": sharding(AutoConfig.from_pretrained(source, **options), part)} if tp else {}
+            hf: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, use_safetensors=True, **options, **parts
+            )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"Cannot load the model '{source}': {first_line(error)}") from error
-    hf.to(place)
+    if not tp:
+        hf.to(place)
     hf.eval()
     blocks_of(hf)
     tokenizer = _load_tokenizer(source, options)
@@ -76,7 +87,10 @@ def load_model(
         "dtype": str(hf.dtype).removeprefix("torch."),
         **_finetune_record(source),
     }
-    return Model(Weights(hf), tokenizer, name or _short_name(source), origin)
+    model = Model(Weights(hf, part=part), tokenizer, name or _short_name(source), origin)
+    if tp:
+        check(model)
+    return model
 
 
 def load_tuned(base: Model, source: str | Path, *, name: str | None = None) -> Model:
@@ -91,7 +105,8 @@ def load_tuned(base: Model, source: str | Path, *, name: str | None = None) -> M
     source, name = str(source), name or _short_name(str(source))
     if not (Path(source) / "adapter_config.json").is_file():
         dtype = str(base.hf.dtype).removeprefix("torch.")
-        tuned = load_model(source, name=name, dtype=dtype, device=str(base.device))
+        tp = base.part.ranks > 1
+        tuned = load_model(source, name=name, dtype=dtype, device="auto" if tp else str(base.device), tp=tp)
         for what, mine, theirs in (
             ("layers", len(base.blocks), len(tuned.blocks)),
             ("MLP neurons", base.width("mlp_mid"), tuned.width("mlp_mid")),

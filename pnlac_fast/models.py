@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pnlac_fast.adapters import Weights
 from pnlac_fast.architecture import ACTIVATIONS, SITES, blocks_of
 from pnlac_fast.errors import unknown
+from pnlac_fast.tensor_parallel import Part
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,11 @@ class Model:
         return self.hf.get_input_embeddings().weight.device
 
     @property
+    def part(self) -> Part:
+        """Which slice of the neurons this process has; all of them unless the model was loaded with ``tp``."""
+        return self.weights.part
+
+    @property
     def tuned_topic(self) -> str:
         """The topic this model was tuned on, "" where that is not known."""
         return str(self.origin.get("tuned_topic") or "")
@@ -69,7 +75,13 @@ class Model:
         if site not in SITES:
             raise unknown("site", site, SITES)
         down = self.projection(0, "down_proj")
+        down = getattr(down, "base_layer", down)  # PEFT's wrapper of a part tells the width of that part
         return int(down.in_features if site == "mlp_mid" else down.out_features)
+
+    def local_width(self, site: str) -> int:
+        """Number of these neurons that this process has: its :attr:`part`."""
+        own = self.part.of(self.width(site))
+        return own.stop - own.start
 
     def projection(self, layer: int, name: str) -> Any:
         """``gate_proj``, ``up_proj`` or ``down_proj`` of a layer (with an adapter attached: PEFT's wrapper of it)."""

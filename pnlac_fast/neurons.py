@@ -67,7 +67,7 @@ class NeuronSet:
         return [int(n) for n in self.member[index].nonzero()[0]]
 
     def fits(self, model: Any) -> None:
-        """Refuse a model with other layers or another width, and an empty set.
+        """Refuse a model with other layers or another width, or in parts, and an empty set.
 
         Raises
         ------
@@ -76,6 +76,8 @@ class NeuronSet:
         """
         if not len(self):
             raise UserError(f"The neuron set '{self.name}' is empty: raise --top in pnlac-fast locate.")
+        if model.part.ranks > 1:
+            raise UserError(f"The neurons of '{model.name}' lie in several processes: load it without tp.")
         shape = (len(model.blocks), model.width(self.site))
         if self.member.shape != shape:
             raise UserError(

@@ -142,6 +142,8 @@ def finetune(
     if batch_size < 1 or accumulation < 1 or batch_size % accumulation:
         raise UserError(f"A batch of {batch_size} cannot be run in {accumulation} equal parts: change one of them.")
     base = model if isinstance(model, Model) else load_model(model)
+    if base.part.ranks > 1:
+        raise UserError(f"The weights of '{base.name}' lie in several processes: load it without tp to tune it.")
     if base.weights.peft is not None:
         raise UserError(f"Adapters are attached to the weights of '{base.name}': load the base afresh to tune it.")
     topics = (topic,) if isinstance(topic, str) else tuple(topic)

@@ -1,0 +1,57 @@
+"""One process of a tensor-parallel run, started by torchrun: writes its sums and what it was refused to a directory."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pnlac_fast.capture import accumulate
+from pnlac_fast.datasets import Question
+from pnlac_fast.errors import UserError
+from pnlac_fast.loading import load_model, load_tuned
+from pnlac_fast.neurons import NeuronSet
+from pnlac_fast.passes import SHORTCUTS, usable
+from pnlac_fast.prompts import encode
+from pnlac_fast.tensor_parallel import agreed
+
+torch.set_num_threads(1)
+given = json.loads(Path(sys.argv[1]).read_text())
+out = Path(given["out"])
+questions = [Question(q["topic"], q["instruction"], tuple(q["right"]), tuple(q["left"])) for q in given["questions"]]
+arrays, said = {}, {}
+for kind in ("llama", "qwen2"):
+    base = load_model(given["models"][kind], dtype="float32", tp=True)
+    tuned = {"t": load_tuned(base, given["models"][f"{kind}_tuned"])}
+    if kind == "llama":
+        tuned |= {name: load_tuned(base, path, name=name) for name, path in given["adapters"].items()}
+    said[f"{kind}/usable"] = usable(base, SHORTCUTS, longest=40)
+    texts = encode(base.tokenizer, questions, side="both")
+    for shortcuts in given["shortcuts"]:
+        sums = accumulate(base, tuned, texts, shortcuts=shortcuts, **given["options"])
+        at = f"{kind}/{len(shortcuts)}"
+        arrays[f"{at}/counts"] = sums.counts
+        arrays |= {f"{at}/base/{site}": a for site, a in sums.base.items()}
+        arrays |= {f"{at}/tuned/{site}": a for site, a in sums.tuned.items()}
+        arrays |= {f"{at}/raw/{name}/{site}": a for (name, site), a in sums.raw.items()}
+        arrays |= {f"{at}/rows/{name}": a for name, a in sums.rows.items()}
+
+rank = base.part.rank
+said["agreed"] = agreed(base, [7, 1 << 40, 9] if rank == 0 else [])
+neurons = NeuronSet("n", "general", np.ones((3, 48), bool))
+for name, refused in {
+    "device": lambda: load_model(given["models"]["llama"], device="cpu", tp=True),
+    "heads": lambda: load_model(given["models"]["three"], tp=True),
+    "plan": lambda: load_model(given["models"]["plain"], tp=True),
+    "ia3": lambda: load_tuned(base, given["ia3"]),
+    "neurons": lambda: neurons.fits(base),
+}.items():
+    try:
+        refused()
+    except UserError as error:
+        said[name] = str(error)
+np.savez(out / f"rank{rank}.npz", **arrays)
+(out / f"rank{rank}.json").write_text(json.dumps(said))

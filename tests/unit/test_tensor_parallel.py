@@ -1,0 +1,146 @@
+"""Two gloo processes that share a model: their slices, side by side, are what one process computes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from pnlac_fast.architecture import SITES
+from pnlac_fast.capture import accumulate
+from pnlac_fast.errors import UserError
+from pnlac_fast.loading import load_model, load_tuned
+from pnlac_fast.models import Model
+from pnlac_fast.passes import SHORTCUTS
+from pnlac_fast.prompts import encode
+from pnlac_fast.tensor_parallel import WHOLE, Part, agreed
+
+RANK = Path(__file__).with_name("tensor_parallel_rank.py")
+OPTIONS: dict[str, Any] = {"sites": SITES, "tokens": ("last", "completion"), "raw": "full", "batch_tokens": 70}
+WAYS = ([], list(SHORTCUTS))  # plain, and with all shortcuts, "fuse" too, which pays off on GPUs only
+
+
+class Ranks(NamedTuple):
+    """What the two processes wrote."""
+
+    arrays: list[dict[str, np.ndarray]]
+    said: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ranks(model_paths, adapter_paths, questions, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    from peft import IA3Config, get_peft_model
+    from transformers import GPT2Config, LlamaConfig
+
+    root = tmp_path_factory.mktemp("tp")
+    ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    get_peft_model(load_model(model_paths["llama"]).hf, ia3).save_pretrained(root / "ia3")
+    LlamaConfig(num_attention_heads=3, num_key_value_heads=3, hidden_size=48).save_pretrained(root / "three")
+    GPT2Config().save_pretrained(root / "plain")
+    models = {**model_paths, "three": root / "three", "plain": root / "plain"}
+    given = {
+        "out": str(root),
+        "models": {name: str(path) for name, path in models.items()},
+        "adapters": {name: str(path) for name, path in adapter_paths.items()},
+        "ia3": str(root / "ia3"),
+        "questions": [asdict(q) for q in questions[:7]],
+        "shortcuts": WAYS,
+        "options": OPTIONS,
+    }
+    (root / "given.json").write_text(json.dumps(given))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, RANK, root / "given.json"], capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr
+    arrays = [dict(np.load(root / f"rank{rank}.npz")) for rank in range(2)]
+    return Ranks(arrays, [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(2)])
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+@pytest.mark.parametrize("shortcuts", WAYS, ids=["plain", "shortcuts"])
+def test_slices_side_by_side_are_the_sums_of_one_process(
+    model_paths, adapter_paths, questions, ranks: Ranks, kind: str, shortcuts: list[str]
+) -> None:
+    base = load_model(model_paths[kind], dtype="float32", device="cpu")
+    tuned = {"t": load_tuned(base, model_paths[f"{kind}_tuned"])}
+    if kind == "llama":
+        tuned |= {name: load_tuned(base, path, name=name) for name, path in adapter_paths.items()}
+    whole = accumulate(base, tuned, encode(base.tokenizer, questions[:7], side="both"), shortcuts=shortcuts, **OPTIONS)
+    at = f"{kind}/{len(shortcuts)}"
+
+    def check(name: str, truth: np.ndarray) -> None:
+        parts = [arrays[f"{at}/{name}"] for arrays in ranks.arrays]
+        assert [part.shape[-1] for part in parts] == [truth.shape[-1] // 2] * 2
+        found, scale = np.concatenate(parts, axis=-1), np.abs(truth).max(-1, keepdims=True)
+        assert (np.abs(found - truth) <= 1e-5 * scale).all(), name
+
+    for arrays in ranks.arrays:
+        assert arrays[f"{at}/counts"].tolist() == whole.counts.tolist()
+        for name, column in whole.rows.items():
+            assert arrays[f"{at}/rows/{name}"].tolist() == column.tolist()
+    for site in SITES:
+        check(f"base/{site}", whole.base[site])
+        check(f"tuned/{site}", whole.tuned[site])
+    for (name, site), raw in whole.raw.items():
+        check(f"raw/{name}/{site}", raw)
+
+
+def test_processes_take_the_same_shortcuts_and_agree(ranks: Ranks) -> None:
+    for said in ranks.said:
+        assert set(said["llama/usable"]) == set(said["qwen2/usable"]) == set(SHORTCUTS) - {"fuse"}
+        assert said["agreed"] == [7, 1 << 40, 9]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("device", "leave --device out"),
+        ("heads", "3 attention heads do not divide into 2"),
+        ("plan", "no tensor-parallel plan for model type 'gpt2'"),
+        ("ia3", "is IA3, which cannot be divided"),
+        ("neurons", "load it without tp"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused_in_every_process(ranks: Ranks, what: str, message: str) -> None:
+    for said in ranks.said:
+        assert message in said[what]
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({}, "torchrun --nproc-per-node 2"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "a process for"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "not MASTER_ADDR and MASTER_PORT"),
+        ({"RANK": "0"}, "not WORLD_SIZE"),
+    ],
+)
+def test_other_starts_than_by_torchrun_are_refused(model_paths, monkeypatch, environ: dict, message: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        load_model(model_paths["llama"], tp=True)
+
+
+@pytest.mark.parametrize("ranks_", [1, 2, 3, 8])
+def test_parts_cover_a_layer_once(ranks_: int) -> None:
+    activation = torch.arange(2 * 24).view(2, 24)
+    cut = [Part(rank, ranks_).cut("resid", activation) for rank in range(ranks_)]
+    assert torch.equal(torch.cat(cut, 1), activation)
+    assert Part(0, ranks_).cut("mlp_mid", activation) is activation
+
+
+def test_a_whole_model_is_one_part(llama: Model) -> None:
+    assert llama.part == WHOLE
+    assert llama.local_width("mlp_mid") == llama.width("mlp_mid") == 48
+    assert agreed(llama, (3, 1)) == [3, 1]
