@@ -22,6 +22,7 @@ from pnlac_fast.options import (
     names,
     option,
     questions_options,
+    reading_options,
     tuned_option,
     tuned_too_option,
 )
@@ -42,11 +43,13 @@ def _loaded(given: dict[str, Any]) -> dict[str, Any]:
     options = {name: given.pop(name) for name in ("revision", "dtype", "device", "trust_remote_code")}
     topics, limit, columns = (given.pop(name) for name in ("topics", "limit", "columns"))
     given["template"] = load_template(given["template"])
-    given["data"] = load_questions(given["data"], topics=topics, limit=limit, columns=columns)
+    if given["data"] is not None:
+        given["data"] = load_questions(given["data"], topics=topics, limit=limit, columns=columns)
     for name in ("probe", "training_data"):
         if given.get(name) is not None:
             given[name] = load_questions(given[name], columns=columns)
-    given["model"] = load_model(given["model"], **options)
+    if given["model"] is not None:
+        given["model"] = load_model(given["model"], **options)
     return given
 
 
@@ -122,7 +125,12 @@ def info(store: str, as_json: bool) -> None:
 @commands.command(epilog="Example: pnlac-fast locate run.zarr --top 30% -o neurons.json")
 @click.argument("store")
 @option("--top", type=Share(), default="5%", show_default=True, help="Share of all neurons in a topic's top set.")
-@option("--score", default="rms", show_default=True, help="rms, std_rms, mean_diff or cohens_d.")
+@option(
+    "--score",
+    default="rms",
+    show_default=True,
+    help="rms, std_rms, mean_diff, cohens_d, welch_t, paired_t, or attribution (change times gradient).",
+)
 @option(
     "--specific", default="strict", show_default=True, help="Specific means in no other top set (strict), or paper."
 )
@@ -130,13 +138,25 @@ def info(store: str, as_json: bool) -> None:
 @option("--site", help="Default: the first of the store.")
 @option("--tokens", help="Default: the first of the store.")
 @option("--per-layer", is_flag=True, help="Take the top share of every layer apart.")
+@option(
+    "--contrast",
+    default="tuned",
+    show_default=True,
+    help="tuned (against base), or sides: right against left completions of one model, with no fine-tune.",
+)
+@names("--keep-scores", None, "Scores to write into the store too, as /results/scores.")
+@reading_options
+@option("--normalise", default="token", show_default=True, needs=("score", ("attribution",)), help=NORMALISE)
 @option("-o", "--out", help="JSON file for the neuron sets.")
 @as_json
 def locate(store: str, as_json: bool, **given: Any) -> None:
-    """Find general and topic-specific neurons. With their overlap, and what chance would give."""
+    """Find general and topic-specific neurons. With their overlap, and what chance would give.
+
+    Attribution and the contrast of sides are computed where a model is given, and else read from the store.
+    """
     from pnlac_fast import locate as run
 
-    found = run(store, **given)
+    found = run(store, **_loaded(given))
     rows = [
         {
             "model": name,

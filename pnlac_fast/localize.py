@@ -1,21 +1,27 @@
-"""From statistics to neurons: scores, top sets, the general and the topic-specific ones."""
+"""From scores to neurons: top sets, the general and the topic-specific ones."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
 from pnlac_fast import store as stores
+from pnlac_fast.datasets import Question
 from pnlac_fast.errors import UserError, unknown
-from pnlac_fast.neurons import NeuronSet, jaccard, save_sets, to_dataset
+from pnlac_fast.neurons import SIDES, NeuronSet, jaccard, save_sets, to_dataset
+from pnlac_fast.prompts import DEFAULT_TEMPLATE
+from pnlac_fast.scores import ATTRIBUTION, SCORES, score_table, scores, toward_tuning
 
-SCORES = ("rms", "std_rms", "mean_diff", "cohens_d")
+if TYPE_CHECKING:  # statistics alone need no torch
+    from pnlac_fast.models import Model
+
 SPECIFIC = ("strict", "paper")
+CONTRASTS = ("tuned", SIDES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,63 +32,33 @@ class Localization:
     ----------
     general, specific, top
         The sets; specific and top by probe topic.
+    mean
+        As many neurons as are general, with the highest mean score over the topics: no intersection.
+    contrasted
+        Where the tuned topic is known, "off_minus_on" and "on_minus_off": as many neurons as are general, with the
+        highest mean score of the other topics minus that of the tuned one, or the reverse.
     score
         float [topic, layer, neuron], the score that ranked them.
     overlap
         float [topic, topic]: Jaccard index of the top sets.
     chance
-        What independent top sets would give: ``general``, ``specific`` and ``top`` as shares of all neurons,
-        ``jaccard`` the overlap of two of them.
+        What independent top sets would give: the share of all neurons of each kind of set, and ``jaccard``, the
+        overlap of two top sets.
     """
 
     general: NeuronSet
     specific: dict[str, NeuronSet]
     top: dict[str, NeuronSet]
+    mean: NeuronSet
     score: xr.DataArray
     overlap: np.ndarray
     chance: dict[str, float]
+    contrasted: dict[str, NeuronSet] = field(default_factory=dict)
 
     @property
     def sets(self) -> list[NeuronSet]:
-        """All sets: general, then specific and top by topic."""
-        return [self.general, *self.specific.values(), *self.top.values()]
-
-
-def scores(contrast: xr.Dataset, score: str = "rms") -> xr.DataArray:
-    """Score of every neuron, from the moments of a contrast.
-
-    Parameters
-    ----------
-    contrast
-        What :func:`pnlac_fast.store.open_contrast` returns, or a selection of it.
-    score
-        "rms": sqrt(mean (tuned - base)^2), the paper's (arXiv 2508.02360), in units of the activation; "std_rms": rms
-        over the base's standard deviation, which does not favour layers with large activations; "mean_diff":
-        absolute mean change; "cohens_d": absolute mean change over the pooled standard deviation.
-
-    Returns
-    -------
-    xarray.DataArray
-        float64, dims of ``contrast["rms"]``. A neuron that never varies in base (and tuned) scores 0 where the
-        score divides by a standard deviation and it did not change, and infinity where it did.
-    """
-    if score not in SCORES:
-        raise unknown("score", score, SCORES)
-    if score == "rms":
-        value = contrast["rms"]
-    elif score == "std_rms":
-        value = _ratio(contrast["rms"], contrast["std_base"])
-    elif score == "mean_diff":
-        value = abs(contrast["mean_diff"])
-    else:
-        pooled = ((contrast["std_base"].astype("f8") ** 2 + contrast["std_tuned"].astype("f8") ** 2) / 2) ** 0.5
-        value = _ratio(abs(contrast["mean_diff"]), pooled)
-    return value.astype("f8").transpose(*contrast["rms"].dims)
-
-
-def _ratio(top: xr.DataArray, bottom: xr.DataArray) -> xr.DataArray:
-    bottom = bottom.astype("f8")
-    return xr.where(bottom > 0, top / bottom.where(bottom > 0, 1), xr.where(top > 0, np.inf, top * 0.0))
+        """All sets: general, then specific, those without intersection, and top by topic."""
+        return [self.general, *self.specific.values(), self.mean, *self.contrasted.values(), *self.top.values()]
 
 
 def ranks(score: np.ndarray) -> np.ndarray:
@@ -105,81 +81,6 @@ def top_set(score: np.ndarray, fraction: float, *, per_layer: bool = False) -> n
     return ranks(score) < max(1, round(score.size * fraction))
 
 
-def find(
-    contrast: xr.Dataset,
-    model: str,
-    *,
-    site: str = "mlp_mid",
-    tokens: str = "last",
-    score: str = "rms",
-    top: float = 0.05,
-    specific: str = "strict",
-    general_share: float | None = None,
-    per_layer: bool = False,
-    base: Mapping[str, Any] | None = None,
-) -> Localization:
-    """General and topic-specific neurons of one tuned model.
-
-    A topic's top set holds its highest-scoring neurons. General neurons are in every topic's top set. Specific ones
-    are in their own topic's and in no other's ("strict"), or in their own topic's and not general ("paper", as in
-    the code released with arXiv 2508.02360).
-
-    Parameters
-    ----------
-    top
-        Fraction of all neurons in each top set.
-    general_share
-        Grow or shrink the general set to exactly this share of all neurons (see :func:`grow`).
-
-    Raises
-    ------
-    UserError
-        A name is not in the store, or there are fewer than two topics to intersect.
-    """
-    if specific not in SPECIFIC:
-        raise unknown("kind of specificity", specific, SPECIFIC)
-    for dim, name in (("model", model), ("site", site), ("tokens", tokens)):
-        if name not in contrast[dim].values:
-            raise unknown(dim, name, map(str, contrast[dim].values))
-    selected = contrast.sel(model=model, site=site, tokens=tokens)
-    topics = [str(t) for t in contrast["topic"].values]
-    if len(topics) < 2:
-        raise UserError("General neurons need the top sets of two topics or more: cache more topics.")
-    value = scores(selected, score).isel(neuron=slice(0, int(selected["width"])))
-    value = value.transpose("topic", "layer", "neuron").compute()
-    tops = np.stack([top_set(v, top, per_layer=per_layer) for v in value.values])
-    shared = np.asarray(tops.all(axis=0)) if general_share is None else grow(value.values, general_share)
-    alone = tops.sum(0) == 1
-    found = {"score": score, "top": top, "tokens": tokens, "specific": specific, "per_layer": per_layer}
-    found |= {} if general_share is None else {"general_share": general_share}
-    common: dict[str, Any] = {"site": site, "model": model, "base": dict(base or {}), "found": found}
-    k, n = top, len(topics)
-    return Localization(
-        general=NeuronSet(f"{model}/general", "general", shared, **common),
-        specific={
-            t: NeuronSet(
-                f"{model}/specific/{t}",
-                "specific",
-                own & (alone if specific == "strict" else ~shared),
-                topic=t,
-                **common,
-            )
-            for t, own in zip(topics, tops, strict=True)
-        },
-        top={
-            t: NeuronSet(f"{model}/top/{t}", "top", own, topic=t, **common) for t, own in zip(topics, tops, strict=True)
-        },
-        score=value,
-        overlap=np.array([[jaccard(a, b) for b in tops] for a in tops]),
-        chance={
-            "general": k**n,
-            "specific": k * (1 - k) ** (n - 1) if specific == "strict" else k * (1 - k ** (n - 1)),
-            "top": k,
-            "jaccard": k / (2 - k),
-        },
-    )
-
-
 def grow(score: np.ndarray, share: float) -> np.ndarray:
     """The general set grown or shrunk to exactly ``share`` of all neurons, bool [layer, neuron].
 
@@ -188,6 +89,126 @@ def grow(score: np.ndarray, share: float) -> np.ndarray:
     """
     worst = np.stack([ranks(s) for s in score]).max(0)
     return top_set(-worst.astype(float), share)
+
+
+def find(
+    contrast: xr.Dataset,
+    model: str,
+    *,
+    site: str = "mlp_mid",
+    tokens: str = "last",
+    score: str = "rms",
+    **options: Any,
+) -> Localization:
+    """General and topic-specific neurons of one tuned model, from the moments of a contrast.
+
+    Parameters
+    ----------
+    contrast
+        What :func:`pnlac_fast.store.open_contrast` returns.
+    score
+        One of :data:`pnlac_fast.scores.SCORES`.
+    options
+        ``top``, ``specific``, ``general_share``, ``per_layer``, ``tuned_topic`` and ``base`` of :func:`intersect`.
+
+    Raises
+    ------
+    UserError
+        A name is not in the store, or there are fewer than two topics to intersect.
+    """
+    for dim, name in (("model", model), ("site", site), ("tokens", tokens)):
+        if name not in contrast[dim].values:
+            raise unknown(dim, name, map(str, contrast[dim].values))
+    selected = contrast.sel(model=model, site=site, tokens=tokens)
+    value = scores(selected, score).isel(neuron=slice(0, int(selected["width"])))
+    return intersect(value, model, site=site, tokens=tokens, score=score, **options)
+
+
+def intersect(
+    value: xr.DataArray,
+    model: str,
+    *,
+    site: str,
+    tokens: str,
+    score: str,
+    top: float = 0.05,
+    specific: str = "strict",
+    general_share: float | None = None,
+    per_layer: bool = False,
+    tuned_topic: str = "",
+    base: Mapping[str, Any] | None = None,
+) -> Localization:
+    """General and topic-specific neurons from a score of every neuron on every topic.
+
+    A topic's top set holds its highest-scoring neurons. General neurons are in every topic's top set. Specific ones
+    are in their own topic's and in no other's ("strict"), or in their own topic's and not general ("paper", as in
+    the code released with arXiv 2508.02360).
+
+    Parameters
+    ----------
+    value
+        float (topic, layer, neuron), higher for neurons that matter more.
+    model, site, tokens, score
+        Where the score comes from; recorded in the sets.
+    top
+        Fraction of all neurons in each top set.
+    general_share
+        Grow or shrink the general set to exactly this share of all neurons (see :func:`grow`).
+    tuned_topic
+        What the model was tuned on; with it the sets of on-topic against off-topic scores are made too.
+
+    Raises
+    ------
+    UserError
+        There are fewer than two topics to intersect.
+    """
+    if specific not in SPECIFIC:
+        raise unknown("kind of specificity", specific, SPECIFIC)
+    topics = [str(t) for t in value["topic"].values]
+    if len(topics) < 2:
+        raise UserError("General neurons need the top sets of two topics or more: cache more topics.")
+    value = value.transpose("topic", "layer", "neuron").compute()
+    tops = np.stack([top_set(v, top, per_layer=per_layer) for v in value.values])
+    shared = np.asarray(tops.all(axis=0)) if general_share is None else grow(value.values, general_share)
+    own = {
+        t: member & (tops.sum(0) == 1 if specific == "strict" else ~shared)
+        for t, member in zip(topics, tops, strict=True)
+    }
+    found = {"score": score, "top": top, "tokens": tokens, "specific": specific, "per_layer": per_layer}
+    found |= {} if general_share is None else {"general_share": general_share}
+
+    def named(kind: str, member: np.ndarray, topic: str = "") -> NeuronSet:
+        name = "/".join(part for part in (model, kind, topic) if part)
+        return NeuronSet(name, kind, member, site=site, model=model, topic=topic, base=dict(base or {}), found=found)
+
+    k, n, size = top, len(topics), max(1, int(shared.sum())) / shared.size
+    free = _without_intersection(value.values, size, topics.index(tuned_topic) if tuned_topic in topics else None)
+    return Localization(
+        general=named("general", shared),
+        specific={t: named("specific", member, t) for t, member in own.items()},
+        top={t: named("top", member, t) for t, member in zip(topics, tops, strict=True)},
+        mean=named("mean", free.pop("mean")),
+        contrasted={kind: named(kind, member) for kind, member in free.items()},
+        score=value,
+        overlap=np.array([[jaccard(a, b) for b in tops] for a in tops]),
+        chance={
+            "general": k**n,
+            "specific": k * (1 - k) ** (n - 1) if specific == "strict" else k * (1 - k ** (n - 1)),
+            "top": k,
+            "jaccard": k / (2 - k),
+            **dict.fromkeys(("mean", *free), size),
+        },
+    )
+
+
+def _without_intersection(value: np.ndarray, share: float, tuned: int | None) -> dict[str, np.ndarray]:
+    """Sets of one size ranked by a single score each, bool [layer, neuron], by kind."""
+    found = {"mean": top_set(value.mean(0), share)}
+    if tuned is not None:
+        with np.errstate(invalid="ignore"):  # infinity on both sides says nothing: NaN ranks last
+            more = np.delete(value, tuned, axis=0).mean(0) - value[tuned]
+        found |= {"off_minus_on": top_set(more, share), "on_minus_off": top_set(-more, share)}
+    return found
 
 
 def locate(
@@ -200,33 +221,130 @@ def locate(
     site: str | None = None,
     tokens: str | None = None,
     per_layer: bool = False,
+    contrast: str = "tuned",
+    keep_scores: Sequence[str] = (),
+    model: Model | str | Path | None = None,
+    tuned: Mapping[str, Model | str | Path] | None = None,
+    data: str | Path | Sequence[Question] | None = None,
+    template: str = DEFAULT_TEMPLATE,
+    normalise: str = "token",
+    batch_tokens: int = 4096,
     out: str | Path | None = None,
 ) -> dict[str, Localization]:
     """Locate neurons for every tuned model of a store; write them into the store and, where asked, to a JSON file.
 
-    ``site`` and ``tokens`` default to the first of the store. See :func:`find` for the rest.
+    Parameters
+    ----------
+    store
+        What :func:`pnlac_fast.cache` wrote. For attribution, and for the contrast of sides, any store, or none yet.
+    top, specific, general_share, per_layer
+        See :func:`intersect`.
+    score
+        One of :data:`pnlac_fast.scores.SCORES`, or "attribution": the change times the gradient of the margin, signed
+        so that the tuning counts as positive (see :func:`pnlac_fast.attribution.attribute`).
+    site, tokens
+        Default: the first of the store.
+    contrast
+        "tuned": tuned against base, from the store. "sides": right against left completions of one model, without any
+        fine-tune (see :func:`pnlac_fast.sides.contrast_sides`); the sets are called "sides/general" and so on.
+    keep_scores
+        Names of scores that are written into the store too, as ``/results/scores``: ``score`` float32 (method, model,
+        topic, site, layer, neuron), at ``site`` and ``tokens``.
+    model, tuned, data, template, normalise, batch_tokens
+        What attribution and sides are computed from. Without ``model``, what an earlier call left in the store.
+
+    Returns
+    -------
+    dict of str to Localization
+        By tuned model, or "sides".
+
+    Raises
+    ------
+    UserError, StoreError
+        A name does not exist, or what is asked for is not in the store and cannot be computed from what is given.
     """
-    contrast = stores.open_contrast(store)
-    site = site or str(contrast["site"].values[0])
-    tokens = tokens or str(contrast["tokens"].values[0])
-    origin = stores.info(store)["provenance"].get("base", {})
-    found = {
-        name: find(
-            contrast,
-            name,
-            site=site,
-            tokens=tokens,
-            score=score,
-            top=top,
-            specific=specific,
-            general_share=general_share,
-            per_layer=per_layer,
-            base=origin,
-        )
-        for name in map(str, contrast["model"].values)
-    }
+    if contrast not in CONTRASTS:
+        raise unknown("contrast", contrast, CONTRASTS)
+    methods = (score, *keep_scores)
+    for name in methods:
+        if name not in (*SCORES, ATTRIBUTION):
+            raise unknown("score", name, (*SCORES, ATTRIBUTION))
+    if contrast == SIDES and ATTRIBUTION in methods:
+        raise UserError("Attribution needs a tuned model: leave out --contrast sides.")
+    if model is not None:
+        _compute(store, contrast, model, tuned, data, methods, site, template, normalise, batch_tokens)
+    moments = attributed = None
+    if contrast == SIDES:
+        moments = _result(store, SIDES)
+    elif set(methods) & set(SCORES):
+        moments = stores.open_contrast(store)
+    if ATTRIBUTION in methods:
+        attributed = _result(store, ATTRIBUTION)
+    ranked = moments if score != ATTRIBUTION else attributed
+    assert ranked is not None  # every method has one of the two
+    if moments is not None:
+        site, tokens = site or str(moments["site"].values[0]), tokens or str(moments["tokens"].values[0])
+    elif attributed is not None:
+        site, tokens = str(attributed.attrs["site"]), "all"
+    origin = stores.info(store)["provenance"]
+    topics = [str(t) for t in ranked["topic"].values]
+    found = {}
+    for name in map(str, ranked["model"].values):
+        recorded = origin.get("tuned", {}).get(name, {}).get("tuned_topic") or ""
+        options: dict[str, Any] = {
+            "site": site,
+            "tokens": tokens,
+            "score": score,
+            "top": top,
+            "specific": specific,
+            "general_share": general_share,
+            "per_layer": per_layer,
+            "tuned_topic": recorded or (name if name in topics else ""),
+            "base": origin.get("base", {}),
+        }
+        if score == ATTRIBUTION:
+            found[name] = intersect(toward_tuning(ranked, name), name, **options)
+        else:
+            found[name] = find(ranked, name, **options)
     sets = [s for f in found.values() for s in f.sets]
     stores.write_sets(store, to_dataset(sets))
+    if keep_scores:
+        stores.write_result(store, "scores", score_table(keep_scores, moments, attributed, site=site, tokens=tokens))
     if out is not None:
         save_sets(sets, out)
     return found
+
+
+def _compute(
+    store: str | Path,
+    contrast: str,
+    model: Model | str | Path,
+    tuned: Mapping[str, Model | str | Path] | None,
+    data: str | Path | Sequence[Question] | None,
+    methods: Sequence[str],
+    site: str | None,
+    template: str,
+    normalise: str,
+    batch_tokens: int,
+) -> None:
+    """Write /results/sides or /results/attribution, whichever :func:`locate` is asked to rank by."""
+    from pnlac_fast.attribution import attribute
+    from pnlac_fast.sides import contrast_sides
+
+    if data is None:
+        raise UserError("A model is there to read questions: give --data too, or leave out --model.")
+    if contrast == SIDES:
+        sites = (site or "mlp_mid",)
+        contrast_sides(model, data, store=store, sites=sites, template=template, batch_tokens=batch_tokens)
+    elif ATTRIBUTION in methods:
+        options: dict[str, Any] = {"site": site or "mlp_mid", "template": template, "normalise": normalise}
+        attribute(model, tuned or {}, data, store=store, batch_tokens=batch_tokens, **options)
+    else:
+        raise UserError("Scores of moments need no model: leave out --model, or give --score attribution.")
+
+
+def _result(store: str | Path, name: str) -> xr.Dataset:
+    if not Path(store).exists() or name not in stores.list_results(store):
+        more = " and --tuned" if name == ATTRIBUTION else ""
+        raise UserError(f"'{store}' holds no {name} yet: give --model, --data{more} to compute it.")
+    return stores.open_result(store, name)

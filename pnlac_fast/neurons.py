@@ -14,6 +14,7 @@ import xarray as xr
 from pnlac_fast.errors import UserError, unknown
 
 FORMAT = {"format": "pnlac-neurons", "version": 1}
+SIDES = "sides"  # in place of a tuned model: found by contrasting right and left texts, hence for any tuned model
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,13 +26,13 @@ class NeuronSet:
     name
         Such as "immigration/general" or "immigration/specific/race".
     kind
-        "general", "specific", "top" or "random".
+        "general", "specific", "top", "random"; without intersection: "mean", "off_minus_on", "on_minus_off".
     member
         bool [layer, neuron].
     site
         Where these neurons are read.
     model
-        Name of the tuned model that they were located with.
+        Name of the tuned model that they were located with, or "sides" where there was none.
     topic
         Probe topic of a specific or top set, else "".
     base
@@ -200,7 +201,7 @@ def choose(sets: Mapping[str, NeuronSet], kind: str, *, model: str = "", topic: 
     fitting = [
         s
         for s in sets.values()
-        if s.kind == kind and (not model or s.model == model) and (not topic or s.topic == topic)
+        if s.kind == kind and (not model or s.model in (model, SIDES)) and (not topic or s.topic == topic)
     ]
     if len(fitting) != 1:
         raise UserError(

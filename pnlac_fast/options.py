@@ -157,32 +157,54 @@ def _flat(_: click.Context, __: click.Parameter, values: Sequence[tuple[str, ...
 
 
 as_json = option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-model_options = together(
-    option("--model", required=True, help="Base model: hub id or directory."),
-    option("--revision", help="Revision of a hub model."),
-    option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16 or float64."),
-    option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    option("--trust-remote-code", is_flag=True, help="Let code from the model repository run."),
-)
+
+
+def model_choice(**model: Any) -> Decorator:
+    """Which model, and how it is loaded."""
+    return together(
+        option("--model", **model),
+        option("--revision", help="Revision of a hub model."),
+        option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16 or float64."),
+        option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        option("--trust-remote-code", is_flag=True, help="Let code from the model repository run."),
+    )
+
+
+def data_choice(**data: Any) -> Decorator:
+    """Which questions, and how they are read."""
+    return together(
+        option("--data", **data),
+        option("--limit", type=int, help="At most so many questions of each topic."),
+        option(
+            "--column",
+            "columns",
+            multiple=True,
+            callback=roles,
+            metavar="ROLE=NAME",
+            help="Column that holds topic, instruction, right or left, in every data file of the command.",
+        ),
+        option("--template", help="File with {instruction} and, where wanted, {topic}."),
+    )
+
+
+model_options = model_choice(required=True, help="Base model: hub id or directory.")
 _tuned: dict[str, Any] = {"multiple": True, "callback": named, "metavar": "[NAME=]PATH"}
 tuned_option = option(
     "--tuned", required=True, help="Tuned model, an adapter or a full checkpoint. May be repeated.", **_tuned
 )
 tuned_too_option = option("--tuned", help="Tuned model that answers too. May be repeated.", **_tuned)
-questions_options = together(
-    option("--data", required=True, help="Folder in IdeoINST layout, or a .jsonl, .csv, .parquet or .json file."),
-    option("--limit", type=int, help="At most so many questions of each topic."),
-    option(
-        "--column",
-        "columns",
-        multiple=True,
-        callback=roles,
-        metavar="ROLE=NAME",
-        help="Column that holds topic, instruction, right or left, in every data file of the command.",
-    ),
-    option("--template", help="File with {instruction} and, where wanted, {topic}."),
+questions_options = data_choice(
+    required=True, help="Folder in IdeoINST layout, or a .jsonl, .csv, .parquet or .json file."
 )
-data_options = together(questions_options, names("--topics", None, "Only these topics, separated by commas."))
+topics_option = names("--topics", None, "Only these topics, separated by commas.")
+data_options = together(questions_options, topics_option)
 batch_option = option(
     "--batch-tokens", default=4096, show_default=True, help="Padded tokens of one forward pass; less needs less memory."
+)
+reading_options = together(
+    model_choice(help="Base model, where attribution or the contrast of sides is to be computed."),
+    option("--tuned", needs=("model", ()), help="Tuned model to attribute. May be repeated.", **_tuned),
+    data_choice(needs=("model", ()), help="Questions to compute it from, as for cache."),
+    topics_option,
+    batch_option,
 )

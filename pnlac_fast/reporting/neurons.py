@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from pnlac_fast.localize import scores
 from pnlac_fast.neurons import jaccard
 from pnlac_fast.reporting.rows import GeneralRow, LayerRow, OverlapCell
+from pnlac_fast.scores import scores
 
 QUANTILES = (0.5, 0.95)
 SCORES = ("rms", "std_rms")
