@@ -16,7 +16,8 @@ from pnlac_fast import prompts
 from pnlac_fast import store as stores
 from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint, paired
 from pnlac_fast.errors import UserError
-from pnlac_fast.models import Model, open_models, topic_of
+from pnlac_fast.loading import open_models, topic_of
+from pnlac_fast.models import Model
 from pnlac_fast.prompts import DEFAULT_TEMPLATE, Batch
 from pnlac_fast.provenance import provenance
 from pnlac_fast.scores import ATTRIBUTION

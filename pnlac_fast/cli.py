@@ -170,7 +170,11 @@ def locate(store: str, as_json: bool, **given: Any) -> None:
         for s in f.sets
     ]
     overlap = {name: {"jaccard": f.overlap.tolist(), "chance": f.chance["jaccard"]} for name, f in found.items()}
-    show({"sets": rows, "overlap": overlap}, as_json, [row for row in rows if not row["set"].startswith("top/")])
+    show(
+        {"sets": rows, "overlap": overlap},
+        as_json,
+        [row for row in rows if row["set"].startswith(("general", "specific"))],
+    )
 
 
 @commands.command(epilog="Example: pnlac-fast patch --model base --tuned race --neurons neurons.json --data questions")

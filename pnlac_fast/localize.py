@@ -248,7 +248,7 @@ def locate(
         "tuned": tuned against base, from the store. "sides": right against left completions of one model, without any
         fine-tune (see :func:`pnlac_fast.sides.contrast_sides`); the sets are called "sides/general" and so on.
     keep_scores
-        Names of scores that are written into the store too, as ``/results/scores``: ``score`` float32 (method, model,
+        Names of scores that are written into the store too, as ``/results/scores``: ``value`` float32 (score, model,
         topic, site, layer, neuron), at ``site`` and ``tokens``.
     model, tuned, data, template, normalise, batch_tokens
         What attribution and sides are computed from. Without ``model``, what an earlier call left in the store.
@@ -281,11 +281,11 @@ def locate(
     if ATTRIBUTION in methods:
         attributed = _result(store, ATTRIBUTION)
     ranked = moments if score != ATTRIBUTION else attributed
-    assert ranked is not None  # every method has one of the two
+    assert ranked is not None  # every score has one of the two
     if moments is not None:
         site, tokens = site or str(moments["site"].values[0]), tokens or str(moments["tokens"].values[0])
-    elif attributed is not None:
-        site, tokens = str(attributed.attrs["site"]), "all"
+    else:
+        site, tokens = str(ranked.attrs["site"]), "all"
     origin = stores.info(store)["provenance"]
     topics = [str(t) for t in ranked["topic"].values]
     found = {}

@@ -76,9 +76,9 @@ def toward_tuning(attributed: xr.Dataset, model: str) -> xr.DataArray:
 def score_table(
     names: Sequence[str], moments: xr.Dataset | None, attributed: xr.Dataset | None, *, site: str, tokens: str
 ) -> xr.Dataset:
-    """Several scores side by side: ``score`` float32 (method, model, topic, site, layer, neuron).
+    """Several scores side by side: ``value`` float32 (score, model, topic, site, layer, neuron).
 
-    Models and topics are those of ``moments`` where it is given; what a method does not know of them is NaN.
+    Models and topics are those of ``moments`` where it is given; what a score does not know of them is NaN.
     """
     tables = []
     for name in names:
@@ -92,10 +92,10 @@ def score_table(
             selected = moments.sel(site=site, tokens=tokens)
             table = scores(selected.isel(neuron=slice(0, int(selected["width"]))), name)
         tables.append(table.astype("f4").reset_coords(drop=True))
-    joined = xr.concat(tables, dim="method", join="outer", coords="minimal").expand_dims(site=np.array([site], object))
-    joined = joined.assign_coords(method=np.array(list(names), object))
-    dims = ("method", "model", "topic", "site", "layer", "neuron")
-    return joined.transpose(*dims).to_dataset(name="score").assign_attrs(tokens=tokens)
+    joined = xr.concat(tables, dim="score", join="outer", coords="minimal").expand_dims(site=np.array([site], object))
+    joined = joined.assign_coords(score=np.array(list(names), object))
+    dims = ("score", "model", "topic", "site", "layer", "neuron")
+    return joined.transpose(*dims).to_dataset(name="value").assign_attrs(tokens=tokens)
 
 
 def _root_of_m(contrast: xr.Dataset) -> xr.DataArray:

@@ -13,9 +13,11 @@ from torch import Tensor
 from pnlac_fast import prompts
 from pnlac_fast import store as stores
 from pnlac_fast.activations import read
+from pnlac_fast.architecture import SITES
 from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint, paired
 from pnlac_fast.errors import UserError, unknown
-from pnlac_fast.models import SITES, Model, load_model
+from pnlac_fast.loading import load_model
+from pnlac_fast.models import Model
 from pnlac_fast.neurons import SIDES
 from pnlac_fast.passes import SHORTCUTS, usable
 from pnlac_fast.prompts import DEFAULT_TEMPLATE

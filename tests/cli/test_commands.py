@@ -93,6 +93,18 @@ def test_locate_equals_the_library_call(cli, world: Path, tmp_path: Path) -> Non
     assert len(lines) == 1 + 2 * 4
 
 
+def test_locate_computes_what_the_store_lacks(cli, world: Path, base, tuned, tmp_path: Path) -> None:
+    new = ["locate", tmp_path / "new.zarr", "--top", "40%", "--json"]
+    sides = done(cli(*new, "--contrast", "sides", *base, "--topics", "race,economy")).json["sets"]
+    assert {row["model"] for row in sides} == {"sides"}
+    assert done(cli(*new, "--contrast", "sides", "--score", "cohens_d")).json["sets"][0]["model"] == "sides"
+    file = ["-o", tmp_path / "n.json"]
+    first = done(cli(*new, "--score", "attribution", "--normalise", "sum", *base, *tuned, *file)).json
+    assert done(cli(*new, "--score", "attribution")).json == first
+    assert {row["set"] for row in first["sets"]} >= {"general", "mean", "off_minus_on", "on_minus_off", "top/race"}
+    assert load_sets(tmp_path / "n.json")["race/off_minus_on"].found["score"] == "attribution"
+
+
 def test_patch_equals_the_library_call(cli, world: Path, base, tuned) -> None:
     asked = ["patch", *base, *tuned, "--neurons", world / "neurons.json", "--store", world / "run.zarr", "--draws", 2]
     kinds = ["--direction", "tuned_into_base,base_into_tuned", "--kind", "tuned,mean,scale", "--scale", "3"]

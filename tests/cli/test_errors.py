@@ -89,6 +89,13 @@ def test_missing_options_and_commands(cli) -> None:
         (["locate", "run.zarr", "--top", "many"], USAGE, ["write 5% or 0.05"]),
         (["locate", "run.zarr", "--site", "resid"], MEND, ["no site 'resid'", "Known: mlp_mid"]),
         (["locate", "run.zarr", "--tokens", "all"], MEND, ["no tokens 'all'", "Known: last, prompt"]),
+        (["locate", "run.zarr", "--contrast", "side"], MEND, ["no contrast 'side'", "Did you mean 'sides'"]),
+        (
+            ["locate", "run.zarr", "--score", "attribution"],
+            MEND,
+            ["holds no attribution", "--data and --tuned"],
+        ),
+        (["locate", "run.zarr", "--data", "data"], USAGE, ["--data has no effect without --model"]),
         (["locate", "run.zarr", "--specific", "strct"], MEND, ["Did you mean 'strict'"]),
         (["locate", "data"], MEND, ["store"]),
         (["info", "nowhere.zarr"], MEND, ["nowhere.zarr"]),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,7 +26,7 @@ TOPICS = ["race", "science", "economy"]
 def contrast(rms: np.ndarray, **others: np.ndarray) -> xr.Dataset:
     """A contrast of one model, site and selector from arrays [topic, layer, neuron]."""
     dims = ("model", "topic", "site", "tokens", "layer", "neuron")
-    names = ("std_tuned", "mean_diff", "std_base")
+    names = ("std_tuned", "mean_diff", "std_diff", "std_base")
     arrays = {"rms": rms, **{name: others.get(name, np.ones_like(rms)) for name in names}}
     data = {name: (dims, value[None, :, None, None].astype("f4")) for name, value in arrays.items()}
     data["std_base"] = (dims[1:], arrays["std_base"][:, None, None].astype("f4"))
@@ -36,6 +37,7 @@ def contrast(rms: np.ndarray, **others: np.ndarray) -> xr.Dataset:
         "tokens": ["last"],
         "width": ("site", [rms.shape[-1]]),
     }
+    data["n"] = (("topic", "tokens"), np.full((len(TOPICS), 1), 10))
     return xr.Dataset(data, coords=coords)
 
 
@@ -76,7 +78,7 @@ def test_chance_is_what_independent_scores_give() -> None:
 
 def test_scores_follow_their_definitions() -> None:
     generator = np.random.default_rng(0)
-    parts = {name: generator.random((3, 2, 5)) + 0.1 for name in ("rms", "std_base", "std_tuned")}
+    parts = {name: generator.random((3, 2, 5)) + 0.1 for name in ("rms", "std_base", "std_tuned", "std_diff")}
     parts["mean_diff"] = generator.standard_normal((3, 2, 5))
     data = contrast(parts["rms"], **{k: v for k, v in parts.items() if k != "rms"})
     expected = {
@@ -84,9 +86,38 @@ def test_scores_follow_their_definitions() -> None:
         "std_rms": parts["rms"] / parts["std_base"],
         "mean_diff": abs(parts["mean_diff"]),
         "cohens_d": abs(parts["mean_diff"]) / np.sqrt((parts["std_base"] ** 2 + parts["std_tuned"] ** 2) / 2),
+        "welch_t": abs(parts["mean_diff"]) / np.sqrt((parts["std_base"] ** 2 + parts["std_tuned"] ** 2) / 9),
+        "paired_t": abs(parts["mean_diff"]) / (parts["std_diff"] / 3),
     }
     for name, value in expected.items():
         assert np.allclose(localize.scores(data, name).values[0, :, 0, 0], value, rtol=1e-5)
+
+
+def test_t_statistics_are_those_of_scipy() -> None:
+    generator = np.random.default_rng(3)
+    a = generator.standard_normal((12, 3, 2, 4))  # [token, topic, layer, neuron]
+    b = a + 0.3 * generator.standard_normal(a.shape) + 0.1
+    d = b - a
+    moments = {"std_base": a.std(0), "std_tuned": b.std(0), "mean_diff": d.mean(0), "std_diff": d.std(0)}
+    data = contrast(np.sqrt((d**2).mean(0)), **moments).assign(n=(("topic", "tokens"), np.full((3, 1), 12)))
+    welch, paired = scipy.stats.ttest_ind(b, a, equal_var=False), scipy.stats.ttest_rel(b, a)
+    for name, expected in (("welch_t", welch), ("paired_t", paired)):
+        found = localize.scores(data, name).values[0, :, 0, 0]
+        assert np.allclose(found, abs(expected.statistic), rtol=1e-5)
+
+
+def test_sets_without_intersection() -> None:
+    rms = np.random.default_rng(5).random((3, 4, 25))
+    found = find(contrast(rms), "m", top=0.5, tuned_topic="science")
+    size = len(found.general)
+    score = rms.astype("f4").astype("f8")
+    on, off = score[1], (score[0] + score[2]) / 2
+    for kind, value in (("mean", score.mean(0)), ("off_minus_on", off - on), ("on_minus_off", on - off)):
+        members = found.mean if kind == "mean" else found.contrasted[kind]
+        assert members.kind == kind
+        assert len(members) == size
+        assert value[members.member].min() > value[~members.member].max()
+    assert not find(contrast(rms), "m", top=0.5).contrasted  # what it was tuned on is not known
 
 
 def test_neurons_that_never_vary_score_zero_or_infinity() -> None:
