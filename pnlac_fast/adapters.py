@@ -6,22 +6,36 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pnlac_fast.architecture import Architecture, architecture
 from pnlac_fast.errors import UserError, first_line
 from pnlac_fast.tensor_parallel import WHOLE, Part
 
 
 @dataclass(eq=False)
 class Weights:
-    """One copy of a decoder's weights, shared by the base model and every adapter attached to it."""
+    """One copy of a decoder's weights, shared by the base model and every adapter attached to it.
+
+    Attributes
+    ----------
+    last_projection
+        Path of the MLP's last projection in a block, where :func:`pnlac_fast.architecture.architecture` must be told.
+    """
 
     hf: Any
     peft: Any = None
     attached: list[str] = field(default_factory=list)
     on: str | None = None
     part: Part = WHOLE
+    last_projection: str | None = None
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Where the parts of the decoder are."""
+        return architecture(self.hf, self.last_projection)
 
     def switch(self, adapter: str | None) -> None:
         """Switch one adapter on, or all of them off."""

@@ -40,7 +40,8 @@ def _loaded(given: dict[str, Any]) -> dict[str, Any]:
     from pnlac_fast.loading import load_model
     from pnlac_fast.prompts import load_template
 
-    options = {name: given.pop(name) for name in ("revision", "dtype", "device", "trust_remote_code")}
+    loading = ("revision", "dtype", "device", "trust_remote_code", "last_projection")
+    options = {name: given.pop(name) for name in loading}
     topics, limit, columns = (given.pop(name) for name in ("topics", "limit", "columns"))
     given["template"] = load_template(given["template"])
     if given["data"] is not None:

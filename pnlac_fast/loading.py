@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from pnlac_fast.adapters import Weights, attach, quiet
-from pnlac_fast.architecture import blocks_of
 from pnlac_fast.errors import UserError, first_line, unknown
 from pnlac_fast.models import Model
 from pnlac_fast.tensor_parallel import WHOLE, check, joined, sharding
@@ -29,6 +28,7 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     tp: bool = False,
+    last_projection: str | None = None,
 ) -> Model:
     """Load a decoder from a Hugging Face id or a local directory, in evaluation mode.
 
@@ -49,11 +49,15 @@ def load_model(
     tp
         Tensor parallel: load this process's part of the model (:attr:`Model.part`), one of as many equal ones as
         torchrun has started processes. transformers chooses the devices.
+    last_projection
+        Path of the MLP's last projection in a block, such as "mlp.down_proj", for architectures that are not
+        recognised; of experts that of their module, such as "mlp.experts".
 
     Raises
     ------
     UserError
-        The model cannot be loaded, has no safetensors weights, its blocks have no gated MLP, or it cannot be divided.
+        The model cannot be loaded, has no safetensors weights, cannot be divided, or its MLPs are not found; see
+        :func:`pnlac_fast.architecture.architecture`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -77,7 +81,9 @@ def load_model(
     if not tp:
         hf.to(place)
     hf.eval()
-    blocks_of(hf)
+    weights = Weights(hf, part=part, last_projection=last_projection)
+    if weights.architecture.experts and hf.dtype == torch.float64:
+        hf.set_experts_implementation("eager")  # the others multiply in single precision at most
     tokenizer = _load_tokenizer(source, options)
     origin = {
         "source": source,
@@ -87,7 +93,7 @@ def load_model(
         "dtype": str(hf.dtype).removeprefix("torch."),
         **_finetune_record(source),
     }
-    model = Model(Weights(hf, part=part), tokenizer, name or _short_name(source), origin)
+    model = Model(weights, tokenizer, name or _short_name(source), origin)
     if tp:
         check(model)
     return model
@@ -106,11 +112,18 @@ def load_tuned(base: Model, source: str | Path, *, name: str | None = None) -> M
     if not (Path(source) / "adapter_config.json").is_file():
         dtype = str(base.hf.dtype).removeprefix("torch.")
         tp = base.part.ranks > 1
-        tuned = load_model(source, name=name, dtype=dtype, device="auto" if tp else str(base.device), tp=tp)
+        tuned = load_model(
+            source,
+            name=name,
+            dtype=dtype,
+            device="auto" if tp else str(base.device),
+            last_projection=base.weights.last_projection,
+            tp=tp,
+        )
         for what, mine, theirs in (
             ("layers", len(base.blocks), len(tuned.blocks)),
             ("MLP neurons", base.width("mlp_mid"), tuned.width("mlp_mid")),
-            ("tokens in the vocabulary", base.hf.config.vocab_size, tuned.hf.config.vocab_size),
+            ("tokens in the vocabulary", *(m.hf.config.get_text_config().vocab_size for m in (base, tuned))),
         ):
             if mine != theirs:
                 raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pnlac_fast.adapters import Weights
-from pnlac_fast.architecture import ACTIVATIONS, SITES, blocks_of
+from pnlac_fast.architecture import ACTIVATIONS, SITES, Architecture, plain
 from pnlac_fast.errors import unknown
+from pnlac_fast.mixtures import visited
 from pnlac_fast.tensor_parallel import Part
 
 
@@ -61,22 +62,25 @@ class Model:
         return str(self.origin.get("tuned_topic") or "")
 
     @property
+    def architecture(self) -> Architecture:
+        """Where the parts of the decoder are."""
+        return self.weights.architecture
+
+    @property
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks, in order."""
-        return blocks_of(self.hf)
+        return self.hf.get_submodule(self.architecture.blocks)
 
     @property
     def context(self) -> int:
         """Longest sequence the model takes, in tokens."""
-        return int(getattr(self.hf.config.get_text_config(), "max_position_embeddings", 1 << 30))
+        return int(getattr(self.hf.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
 
     def width(self, site: str) -> int:
-        """Number of neurons of a site in one layer."""
+        """Number of neurons of a site in one layer; at ``mlp_mid`` of a mixture, those of all its experts."""
         if site not in SITES:
             raise unknown("site", site, SITES)
-        down = self.projection(0, "down_proj")
-        down = getattr(down, "base_layer", down)  # PEFT's wrapper of a part tells the width of that part
-        return int(down.in_features if site == "mlp_mid" else down.out_features)
+        return self.architecture.neurons if site == "mlp_mid" else self.architecture.hidden
 
     def local_width(self, site: str) -> int:
         """Number of these neurons that this process has: its :attr:`part`."""
@@ -84,8 +88,11 @@ class Model:
         return own.stop - own.start
 
     def projection(self, layer: int, name: str) -> Any:
-        """``gate_proj``, ``up_proj`` or ``down_proj`` of a layer (with an adapter attached: PEFT's wrapper of it)."""
-        return getattr(self.blocks[layer].mlp, name)
+        """A projection of a layer by its name, such as ``down_proj`` (with an adapter attached: PEFT's wrapper)."""
+        paths = {part.name: part.path for part in self.architecture.projections}
+        if name not in paths:
+            raise unknown("projection", name, paths)
+        return self.blocks[layer].get_submodule(paths[name])
 
     @contextmanager
     def active(self) -> Iterator[Any]:
@@ -106,7 +113,8 @@ class Model:
         Parameters
         ----------
         site
-            ``mlp_mid`` (input of the down projection), ``mlp_out`` (its output) or ``resid`` (output of the block).
+            ``mlp_mid`` (input of the MLP's last projection; see :mod:`pnlac_fast.mixtures` for a mixture of experts),
+            ``mlp_out`` (its output; the sum over experts) or ``resid`` (output of the block).
         visit
             Gets the activation, [batch, position, neuron] in the model's dtype; a tensor that it returns takes the
             activation's place.
@@ -115,14 +123,23 @@ class Model:
         """
         if site not in SITES:
             raise unknown("site", site, SITES)
-        taps = []
-        try:
-            for layer in range(len(self.blocks)) if layers is None else layers:
-                taps.append(self._tap(site, layer, visit))
+        chosen = range(len(self.blocks)) if layers is None else layers
+        batches: list[torch.Size] = []
+        with ExitStack() as taps, self.active():  # modules that an adapter keeps a copy of are found while it is on
+            taps.callback(_observe(self.blocks[0], batches).remove)
+            visits = [_batched(partial(visit, layer), batches) for layer in chosen]
+            modules = [self._at(site, layer) for layer in chosen]
+            if site == "mlp_mid" and self.architecture.experts:
+                taps.enter_context(visited([plain(module) for module in modules], visits))
+            else:
+                tap = _tap_input if site == "mlp_mid" else _tap_output
+                for module, one in zip(modules, visits, strict=True):
+                    taps.callback(tap(module, one).remove)
             yield
-        finally:
-            for tap in taps:
-                tap.remove()
+
+    def _at(self, site: str, layer: int) -> Any:
+        block = self.blocks[layer]
+        return block if site == "resid" else block.get_submodule(self.architecture.down.path)
 
     @contextmanager
     def trimmed(self, layer: int, rows: Tensor) -> Iterator[None]:
@@ -132,9 +149,10 @@ class Model:
         """
 
         def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (args[0].flatten(0, 1).index_select(0, rows)[None], *args[1:])
+            x = args[0].flatten(0, -2).index_select(0, rows.to(args[0].device))
+            return (x[None] if args[0].dim() == 3 else x, *args[1:])
 
-        mlp: Any = self.blocks[layer].mlp
+        mlp = self.blocks[layer].get_submodule(self.architecture.mlp)
         hook = mlp.register_forward_pre_hook(before)
         try:
             yield
@@ -143,12 +161,15 @@ class Model:
 
     @property
     def activation(self) -> str | None:
-        """The activation of the MLPs, by its name in :func:`pnlac_fast.ops.swiglu`.
+        """The activation of gated MLPs, by its name in :func:`pnlac_fast.ops.swiglu`.
 
-        None if it is not there, or if something has replaced the forward function of an MLP.
+        None if it is not there, if the MLPs are others, or if something has replaced the forward function of one.
         """
-        names = {ACTIVATIONS.get(type(getattr(block.mlp, "act_fn", None)).__name__) for block in self.blocks}
-        replaced = any("forward" in vars(block.mlp) for block in self.blocks)
+        if not self.architecture.gated:
+            return None
+        mlps = [block.get_submodule(self.architecture.mlp) for block in self.blocks]
+        names = {ACTIVATIONS.get(type(getattr(mlp, "act_fn", None)).__name__) for mlp in mlps}
+        replaced = any("forward" in vars(mlp) for mlp in mlps)
         return names.pop() if len(names) == 1 and not replaced else None
 
     @contextmanager
@@ -162,7 +183,7 @@ class Model:
             mid = middle(layer, mlp.gate_proj(x).flatten(0, -2), mlp.up_proj(x).flatten(0, -2), activation)
             return mlp.down_proj(mid.view(*x.shape[:-1], mid.shape[-1]))
 
-        mlps: list[Any] = [block.mlp for block in self.blocks]
+        mlps: list[Any] = [block.get_submodule(self.architecture.mlp) for block in self.blocks]
         try:
             for layer, mlp in enumerate(mlps):
                 mlp.forward = partial(forward, mlp, layer)
@@ -171,19 +192,44 @@ class Model:
             for mlp in mlps:
                 vars(mlp).pop("forward", None)
 
-    def _tap(self, site: str, layer: int, visit: Callable[[int, Tensor], Tensor | None]) -> Any:
-        if site == "mlp_mid":
 
-            def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-                new = visit(layer, args[0])
-                return None if new is None else (new, *args[1:])
+_Visit = Callable[[Tensor], Tensor | None]
 
-            return self.projection(layer, "down_proj").register_forward_pre_hook(before)
 
-        def after(_: nn.Module, __: Any, output: Any) -> Any:
-            inner = isinstance(output, tuple)
-            new = visit(layer, output[0] if inner else output)
-            return None if new is None else (new, *output[1:]) if inner else new
+def _observe(block: Any, batches: list[torch.Size]) -> Any:
+    """Note batch and positions of the pass that is running: some architectures flatten them before their MLP."""
 
-        module = self.projection(layer, "down_proj") if site == "mlp_out" else self.blocks[layer]
-        return module.register_forward_hook(after)
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batches[:] = [(args[0] if args else kwargs["hidden_states"]).shape[:2]]
+
+    return block.register_forward_pre_hook(before, with_kwargs=True)
+
+
+def _batched(visit: _Visit, batches: list[torch.Size]) -> _Visit:
+    """A visit that gets [batch, position, neuron] where the module has [row, neuron]; trimmed rows are one sequence."""
+
+    def of_rows(activation: Tensor) -> Tensor | None:
+        if activation.dim() != 2:
+            return visit(activation)
+        whole = batches[0].numel() == len(activation)
+        new = visit(activation.view(*(batches[0] if whole else (1, len(activation))), -1))
+        return None if new is None else new.flatten(0, 1)
+
+    return of_rows
+
+
+def _tap_input(module: nn.Module, visit: _Visit) -> Any:
+    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        new = visit(args[0])
+        return None if new is None else (new, *args[1:])
+
+    return module.register_forward_pre_hook(before)
+
+
+def _tap_output(module: nn.Module, visit: _Visit) -> Any:
+    def after(_: nn.Module, __: Any, output: Any) -> Any:
+        inner = isinstance(output, tuple)
+        new = visit(output[0] if inner else output)
+        return None if new is None else (new, *output[1:]) if inner else new
+
+    return module.register_forward_hook(after)

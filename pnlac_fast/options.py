@@ -167,6 +167,7 @@ def model_choice(**model: Any) -> Decorator:
         option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16 or float64."),
         option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
         option("--trust-remote-code", is_flag=True, help="Let code from the model repository run."),
+        option("--last-projection", help="Path of the MLP's last projection in a block, where it is not found alone."),
     )
 
 

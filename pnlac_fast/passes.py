@@ -97,11 +97,17 @@ def _plain_middle(layer: int, gate: Tensor, up: Tensor, activation: str) -> Tens
 
 
 def usable(model: Model, shortcuts: Collection[str], *, longest: int, engine: str = "auto") -> list[str]:
-    """The shortcuts that a model bears, in the order of :data:`SHORTCUTS`.
+    """The shortcuts that a model bears, in the order of :data:`SHORTCUTS`; see :func:`unusable`."""
+    barred = unusable(model, shortcuts, longest=longest, engine=engine)
+    return [name for name in SHORTCUTS if name in shortcuts and name not in barred]
 
-    "pack" and "fuse" change how a model is run. Each is tried on a few short texts, and kept if the hidden states at
-    the end are those of the plain way, but for rounding: a model that mixes tokens by other means than attention, or
-    whose MLP is another one than it looks, is run plainly.
+
+def unusable(model: Model, shortcuts: Collection[str], *, longest: int, engine: str = "auto") -> dict[str, str]:
+    """Those of ``shortcuts`` that a model does not bear or that would save nothing, and why, in a clause.
+
+    "pack", "fuse" and "stop" change how a model is run. Each is tried on a few short texts, and kept if it gives the
+    activations of the plain way, but for rounding: a model that mixes tokens by other means than attention, or whose
+    MLP is another one than it looks, is run plainly.
 
     Parameters
     ----------
@@ -110,34 +116,48 @@ def usable(model: Model, shortcuts: Collection[str], *, longest: int, engine: st
     engine
         Engine of the sums; only "auto" and "triton" fuse.
     """
-    wanted = set(shortcuts)
+    reasons: dict[str, str] = {}
     chunk = getattr(model.hf.config.get_text_config(), "attention_chunk_size", None)
-    if chunk is not None and longest > chunk:  # masks of such a model are its own
-        wanted.discard("pack")
-    if not ops.fuses(model.device, engine) or model.activation is None:
-        wanted.discard("fuse")
-    for name in ("pack", "fuse"):
-        if name in wanted and not agrees(model, name):
-            wanted.discard(name)
-    if "pack" not in wanted:
-        wanted.discard("share")
-    return [name for name in SHORTCUTS if name in wanted]
+    if chunk is not None and longest > chunk:
+        reasons["pack"] = f"it attends in chunks of {chunk} tokens, by masks of its own"
+    elif not model.hf._can_set_attn_implementation():
+        reasons["pack"] = "its attention is not behind transformers' interface"
+    if model.activation is None:
+        reasons["fuse"] = "its MLPs are not gated by projections of their own, or not by an activation of this package"
+    elif not ops.fuses(model.device, engine):
+        reasons["fuse"] = "it saves nothing here"
+    for name in ("pack", "fuse", "stop"):
+        if name in shortcuts and name not in reasons and not agrees(model, name):
+            reasons[name] = "it changes activations by more than rounding"
+    if "pack" not in shortcuts or "pack" in reasons:
+        reasons["share"] = "it needs pack"
+    return {name: reason for name, reason in reasons.items() if name in shortcuts}
 
 
 def agrees(model: Model, shortcut: str) -> bool:
-    """Whether "pack" or "fuse" gives the last hidden states of the plain way, on a few short texts."""
+    """Whether "pack", "fuse" or "stop" gives the activations of the plain way, on a few short texts.
+
+    Those compared are the last hidden states, and with "stop" the middle and the output of the last MLP.
+    """
     draw = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.hf.config.get_text_config().vocab_size, (11,), generator=draw).tolist()
     texts = [tokens[:7], [*tokens[:4], *tokens[8:11]], [*tokens[:6], tokens[9]], tokens[5:10]]
     batch: Batch | Pack
     (plain,) = prompts.batches(texts, 100, device=model.device)
     (batch,) = packs(texts, 100, device=model.device) if shortcut == "pack" else (plain,)
+    sites = ("mlp_mid", "mlp_out") if shortcut == "stop" else ("resid",)
     found = []
     for way, taken in ((plain, ()), (batch, (shortcut, "stop"))):
-        states: list[Tensor] = []
-        run(model, way, ["resid"], lambda *seen: states.append(seen[2]), shortcuts=taken)  # noqa: B023
-        rows = {i: list(rows) for i, rows in zip(way.index, way.rows, strict=True)}
-        found.append(torch.cat([states[-1][rows[i]] for i in range(len(texts))]).double())
+        take = torch.tensor(sorted(row for rows in way.rows for row in rows), device=model.device)
+        states: dict[str, Tensor] = {}
+
+        def visit(site: str, layer: int, activation: Tensor, trimmed: bool) -> None:
+            states[site] = activation if trimmed else activation.index_select(0, take)  # noqa: B023
+
+        run(model, way, sites, visit, take=take, shortcuts=taken)
+        place = {row: i for i, row in enumerate(take.tolist())}
+        rows = {i: [place[row] for row in rows] for i, rows in zip(way.index, way.rows, strict=True)}
+        found.append([torch.cat([states[site][rows[i]] for i in range(len(texts))]).double() for site in sites])
     tolerance = 1e-3 if model.hf.dtype in (torch.float32, torch.float64) else 0.05
-    error = (found[0] - found[1]).abs().max()
-    return not bool(error > tolerance * found[0].abs().max())  # NaN is for the run itself to report
+    # NaN is for the run itself to report
+    return not any(bool((a - b).abs().max() > tolerance * a.abs().max()) for a, b in zip(*found, strict=True))

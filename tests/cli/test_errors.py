@@ -122,15 +122,16 @@ def test_no_model_at_a_path(cli, base, tuned, tmp_path: Path) -> None:
     assert not (tmp_path / "s.zarr").exists()
 
 
-def test_a_model_type_without_gated_mlp(cli, base, tuned, world: Path, tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+def test_a_model_type_without_mlps(cli, base, tuned, world: Path, tmp_path: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
 
-    shape = {"vocab_size": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
-    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / "gpt2")
+    shape = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1}
+    MambaForCausalLM(MambaConfig(**shape)).save_pretrained(tmp_path / "mamba")
     for file in (world / "base").glob("tokenizer*"):
-        shutil.copy(file, tmp_path / "gpt2")
-    asked = ["score", "--model", tmp_path / "gpt2", *base[2:], "--tuned", f"t={tmp_path / 'gpt2'}"]
-    refused(cli(*asked), MEND, "Model type 'gpt2' has no gated MLP", "Llama")
+        shutil.copy(file, tmp_path / "mamba")
+    asked = ["score", "--model", tmp_path / "mamba", *base[2:], "--tuned", f"t={tmp_path / 'mamba'}"]
+    refused(cli(*asked), MEND, "type 'mamba' is not found", "--last-projection", "mixer.out_proj")
+    refused(cli(*asked, "--last-projection", "mlp.down_proj"), MEND, "at 'mlp.down_proj'")
 
 
 def test_an_adapter_for_another_base(cli, base, model_paths, world: Path, tmp_path: Path) -> None:

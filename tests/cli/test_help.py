@@ -22,7 +22,7 @@ HEAVY = ("torch", "transformers", "peft", "zarr", "xarray", "numpy", "sklearn", 
 VERBS = ("cache", "info", "locate", "patch", "finetune", "generate", "score", "report", "demo", "env", "bench")
 # What a command consumes itself, and the parameter of the library call that it becomes.
 LOADING = {
-    **dict.fromkeys(("revision", "dtype", "device", "trust_remote_code"), "model"),
+    **dict.fromkeys(("revision", "dtype", "device", "trust_remote_code", "last_projection"), "model"),
     **dict.fromkeys(("topics", "limit", "columns"), "data"),
 }
 RENAMED = {

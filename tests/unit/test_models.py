@@ -132,11 +132,11 @@ def test_bad_models_are_refused(model_paths, adapter_paths, tmp_path: Path) -> N
         load_tuned(base, tmp_path / "pickled")
 
 
-def test_plain_mlp_is_refused(tmp_path: Path) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+def test_model_without_mlps_is_refused(tmp_path: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
 
-    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16, n_positions=8)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="'gpt2' has no gated MLP"):
+    MambaForCausalLM(MambaConfig(num_hidden_layers=1, hidden_size=8, vocab_size=16)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"MLP of model type 'mamba' is not found.*--last-projection"):
         load_model(tmp_path)
 
 
