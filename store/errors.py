@@ -1,4 +1,4 @@
-"""The one error of the store that a user can put right."""
+"""The errors of the store that a user can put right."""
 
 from __future__ import annotations
 
@@ -7,3 +7,21 @@ class StoreError(Exception):
     """A store cannot be opened, read or written as asked: one sentence that names the next action. Exit code 3."""
 
     exit_code = 3
+
+
+class ShardError(StoreError):
+    """A shard of raw activations is missing or damaged.
+
+    Attributes
+    ----------
+    key : str
+        The shard's file, relative to the array.
+    """
+
+    def __init__(self, array: str, key: str, reason: str) -> None:
+        super().__init__(array, key, reason)
+        self.key = key
+
+    def __str__(self) -> str:
+        array, key, reason = self.args
+        return f"{array}, shard {key}: {reason}; `pnlac-fast info --verify` finds all that has to be redone."

@@ -3,14 +3,14 @@
 A shard is its inner chunks one after another and an index at the end: for each chunk, in C order, offset and length as
 little-endian uint64, both 2**64 - 1 where the chunk is left out because it would hold nothing but the fill value. Every
 chunk, and the index, ends in its own CRC-32C. zarr-python writes the same layout in several passes over the data;
-here each chunk is copied to its place once, and checked while it is still in the cache.
+here each chunk is copied once, and checked and written while it is still in the cache.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import google_crc32c
@@ -25,6 +25,7 @@ DTYPE_ATTRIBUTE = "pnlac_dtype"  # an array of bfloat16 says so, since Zarr sees
 
 LEFT_OUT = 2**64 - 1
 CRC_BYTES = 4
+_UNSIGNED = np.zeros(CRC_BYTES, np.uint8)
 
 
 class _Stored(NamedTuple):
@@ -45,6 +46,7 @@ _STORED: dict[Dtype, _Stored] = {
 }
 _COMPRESSOR: Literal["lz4"] = "lz4"
 _LEVEL = 5
+_AT_ONCE = 1 << 16  # values rounded at once, so that the steps stay in the cache
 
 
 def stored_dtype(dtype: Dtype) -> np.dtype[Any]:
@@ -97,20 +99,14 @@ def to_stored(values: npt.NDArray[Any], dtype: Dtype) -> npt.NDArray[Any]:
     stored = _STORED[dtype].numpy
     if given == stored:
         return values
-    exact = from_stored(values)
     if dtype == "float32":
-        return exact.astype(np.float32, copy=False)
-    if dtype == "bfloat16":
-        rounded = _bfloat16(np.ascontiguousarray(exact, np.float32))
-        infinite = (rounded & 0x7FFF) == 0x7F80
-    else:
-        with np.errstate(over="ignore"):
-            rounded = exact.astype(stored)
-        infinite = np.isinf(rounded)
-    if infinite.any() and not np.isinf(exact[infinite]).all():
-        largest = np.abs(exact[np.isfinite(exact)]).max()
-        raise ValueError(f"the activation {largest:g} is beyond the range of {dtype}")
-    return rounded
+        return from_stored(values).astype(np.float32, copy=False)
+    flat = np.ascontiguousarray(values).reshape(-1)
+    rounded = np.empty(flat.size, stored)
+    for start in range(0, flat.size, _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        rounded[part] = _rounded(from_stored(flat[part]).astype(np.float32, copy=False), dtype)
+    return rounded.reshape(values.shape)
 
 
 def from_stored(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -124,8 +120,18 @@ def from_stored(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 def encode_shard(
     block: npt.NDArray[Any], shard_shape: Sequence[int], chunk_shape: Sequence[int], dtype: Dtype
-) -> npt.NDArray[np.uint8]:
-    """Return the bytes of one shard.
+) -> bytearray:
+    """Return the bytes of one shard; `shard_pieces` says of what, and does not hold them all at once."""
+    content = bytearray()
+    for piece in shard_pieces(block, shard_shape, chunk_shape, dtype):
+        content += piece.data
+    return content
+
+
+def shard_pieces(
+    block: npt.NDArray[Any], shard_shape: Sequence[int], chunk_shape: Sequence[int], dtype: Dtype
+) -> Iterator[npt.NDArray[np.uint8]]:
+    """Return the bytes of one shard, piece by piece: each inner chunk, then the index.
 
     Parameters
     ----------
@@ -136,10 +142,11 @@ def encode_shard(
     dtype : {"float32", "float16", "bfloat16"}
         What `block` is.
 
-    Returns
-    -------
+    Yields
+    ------
     uint8 array
-        The shard, to be written as a file.
+        A piece; the last four bytes of each are the CRC-32C of the others. **It is valid until the next one is asked
+        for**, which takes its place in memory: what goes to the disk at once is then still in the cache.
 
     Raises
     ------
@@ -153,42 +160,40 @@ def encode_shard(
         raise ValueError(f"a block of shape {block.shape} does not fit a shard of shape {shard}")
     if block.dtype != stored.numpy:
         raise ValueError(f"{dtype} is stored as {stored.numpy}, and the block is {block.dtype}")
-    bits = block.view(stored.bits)
-    within = tuple(-(-size // length) for size, length in zip(block.shape, chunk, strict=True))
-    raw = math.prod(chunk) * stored.bits.itemsize
-    room = raw + CRC_BYTES + (blosc.MAX_OVERHEAD if stored.compressed else 0)
+    return _pieces(block.view(stored.bits), grid, chunk, stored)
+
+
+def _pieces(
+    bits: npt.NDArray[Any], grid: tuple[int, ...], chunk: tuple[int, ...], stored: _Stored
+) -> Iterator[npt.NDArray[np.uint8]]:
+    piece = np.empty(math.prod(chunk) * bits.itemsize + CRC_BYTES, np.uint8)
+    content = piece[:-CRC_BYTES].view(bits.dtype).reshape(chunk)
     index = np.full((*grid, 2), LEFT_OUT, "<u8")
-    out = np.empty(math.prod(within) * room + index.nbytes + CRC_BYTES, np.uint8)
-    scratch = np.empty(chunk, stored.bits) if stored.compressed else None
     start = 0
-    for place in itertools.product(*map(range, within)):
-        part = bits[tuple(slice(i * length, (i + 1) * length) for i, length in zip(place, chunk, strict=True))]
+    for place in itertools.product(*(range(-(-size // n)) for size, n in zip(bits.shape, chunk, strict=True))):
+        part = bits[tuple(slice(i * n, (i + 1) * n) for i, n in zip(place, chunk, strict=True))]
         if part.flat[0] == stored.nan and (part == stored.nan).all():
             continue
-        whole = scratch if scratch is not None else out[start : start + raw].view(stored.bits).reshape(chunk)
         if part.shape != chunk:
-            whole[...] = stored.nan
-        whole[tuple(map(slice, part.shape))] = part
-        stop = start + raw
-        if scratch is not None:
-            packed = blosc.compress(scratch, _COMPRESSOR.encode(), _LEVEL, blosc.BITSHUFFLE)
-            stop = start + len(packed)
-            out[start:stop] = np.frombuffer(packed, np.uint8)
-        _sign(out, start, stop)
-        index[place] = start, stop + CRC_BYTES - start
-        start = stop + CRC_BYTES
-    out[start : start + index.nbytes] = index.reshape(-1).view(np.uint8)
-    _sign(out, start, start + index.nbytes)
-    return out[: start + index.nbytes + CRC_BYTES]
+            content[...] = stored.nan
+        content[tuple(map(slice, part.shape))] = part
+        if stored.compressed:
+            packed = blosc.compress(content, _COMPRESSOR.encode(), _LEVEL, blosc.BITSHUFFLE)
+            signed = _signed(np.append(np.frombuffer(packed, np.uint8), _UNSIGNED))
+        else:
+            signed = _signed(piece)
+        index[place] = start, signed.size
+        start += signed.size
+        yield signed
+    yield _signed(np.append(index.reshape(-1).view(np.uint8), _UNSIGNED))
 
 
 def encode_chunk(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """Return the bytes of one whole chunk of an array without shards: little-endian numbers and their CRC-32C."""
     plain = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
-    out = np.empty(plain.nbytes + CRC_BYTES, np.uint8)
-    out[:-CRC_BYTES] = plain.reshape(-1).view(np.uint8)
-    _sign(out, 0, plain.nbytes)
-    return out
+    piece = np.empty(plain.nbytes + CRC_BYTES, np.uint8)
+    piece[:-CRC_BYTES] = plain.reshape(-1).view(np.uint8)
+    return _signed(piece)
 
 
 def chunk_grid(shard: tuple[int, ...], chunk: tuple[int, ...]) -> tuple[int, ...]:
@@ -198,10 +203,25 @@ def chunk_grid(shard: tuple[int, ...], chunk: tuple[int, ...]) -> tuple[int, ...
     return tuple(s // c for s, c in zip(shard, chunk, strict=True))
 
 
-def _sign(out: npt.NDArray[np.uint8], start: int, stop: int) -> None:
-    """Write the CRC-32C of ``out[start:stop]`` behind it."""
-    crc = google_crc32c.value(out[start:stop])
-    out[stop : stop + CRC_BYTES] = np.frombuffer(crc.to_bytes(CRC_BYTES, "little"), np.uint8)
+def _signed(piece: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Put the CRC-32C of a piece into its last four bytes."""
+    crc = google_crc32c.value(piece[:-CRC_BYTES])
+    piece[-CRC_BYTES:] = np.frombuffer(crc.to_bytes(CRC_BYTES, "little"), np.uint8)
+    return piece
+
+
+def _rounded(values: npt.NDArray[np.float32], dtype: Dtype) -> npt.NDArray[Any]:
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            rounded: npt.NDArray[Any] = values.astype(np.float16)
+        infinite = np.isinf(rounded)
+    else:
+        rounded = _bfloat16(values)
+        infinite = (rounded & 0x7FFF) == 0x7F80
+    if infinite.any() and not np.isinf(values[infinite]).all():
+        largest = np.abs(values[np.isfinite(values)]).max()
+        raise ValueError(f"the activation {largest:g} is beyond the range of {dtype}")
+    return rounded
 
 
 def _bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
