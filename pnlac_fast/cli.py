@@ -32,6 +32,7 @@ HELP = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "PNLAC", "m
 BOOTS = 2000  # resamples behind each 95 % interval
 NORMALISE = "Log-probability per token (token), or of the whole completion (sum)."
 CLASSIFIER = ("scorer", ("classifier",))
+ANCHOR, KL = ("inhibit_mode", ("anchor",)), ("inhibit_mode", ("kl",))
 
 
 def _loaded(given: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def _loaded(given: dict[str, Any]) -> dict[str, Any]:
     given["template"] = load_template(given["template"])
     if given["data"] is not None:
         given["data"] = load_questions(given["data"], topics=topics, limit=limit, columns=columns)
-    for name in ("probe", "training_data"):
+    for name in ("probe", "training_data", "kl_data"):
         if given.get(name) is not None:
             given[name] = load_questions(given[name], columns=columns)
     if given["model"] is not None:
@@ -228,23 +229,29 @@ def patch(direction: tuple[str, ...], kind: tuple[str, ...], as_json: bool, **gi
 @option("--lora-dropout", default=0.0, show_default=True, needs=("method", ("lora",)))
 @names("--target-modules", "all-linear", "Modules that get a LoRA.", needs=("method", ("lora",)))
 @option("--inhibit", help="Neuron file from pnlac-fast locate: tune by InhibitFT.")
-@option("--set", "set_name", needs=("inhibit", ()), help="Which set. Default: general, or the topic's specific one.")
-@option("--control", type=int, needs=("inhibit", ()), help="Seed: inhibit random neurons instead, as many per layer.")
+@names("--inhibit-mode", None, "freeze these neurons (default), train only specific ones, anchor activations, kl.")
 @option(
-    "--inhibit-mode",
-    default="freeze",
-    show_default=True,
-    type=click.Choice(["freeze", "specific"]),
+    "--set",
+    "set_names",
+    multiple=True,
+    metavar="[MODE=]SET",
     needs=("inhibit", ()),
-    help="Freeze these neurons, or train only these.",
+    help="Which set. Default: general, or the topic's specific one.",
 )
+@option("--control", type=int, needs=("inhibit", ()), help="Seed: inhibit random neurons instead, as many per layer.")
 @option(
     "--inhibit-factor",
     default=0.0,
     show_default=True,
     needs=("inhibit", ()),
-    help="Share of each step that they still take: 0 freezes them, 1 is plain tuning.",
+    help="Share of each step that frozen neurons still take: 0 freezes them, 1 is plain tuning.",
 )
+@option("--anchor-weight", default=1.0, show_default=True, needs=ANCHOR, help="Of the mean squared change, in stds.")
+@option("--kl-weight", default=1.0, show_default=True, needs=KL, help="Of the KL to base on other topics.")
+@option("--kl-data", needs=KL, help="Questions of other topics, no labels needed. Default: --data.")
+@names("--kl-topics", None, "Their topics, none that is judged. Default: all but --topic.", needs=KL)
+@option("--kl-on", default="answers", show_default=True, needs=KL, help="Sampled answers of the base, or prompts.")
+@option("--kl-max-new-tokens", default=64, show_default=True, needs=KL, help="Longest of these answers.")
 @option("--probe", help="Held-out questions on which the stance is measured along the way.")
 @option("--points", default=10, show_default=True, needs=("probe", ()), help="How often, about.")
 @option("--normalise", default="token", show_default=True, needs=("probe", ()), help=NORMALISE)
@@ -252,13 +259,16 @@ def patch(direction: tuple[str, ...], kind: tuple[str, ...], as_json: bool, **gi
 @option("--save-steps", type=int, help="Keep a checkpoint every so many steps, from which the same command resumes.")
 @option("--overwrite", is_flag=True, help="Replace the output directory.")
 @as_json
-def finetune(inhibit: str | None, set_name: str | None, control: int | None, as_json: bool, **given: Any) -> None:
-    """Tune a model on one topic and side. Plainly, or by InhibitFT, which freezes or trains only chosen neurons."""
+def finetune(inhibit: str | None, set_names: Any, control: int | None, as_json: bool, **given: Any) -> None:
+    """Tune a model on one topic and side. Plainly, or by InhibitFT, with chosen neurons frozen, alone or anchored."""
     from pnlac_fast import finetune as run
-    from pnlac_fast.neurons import for_training
+    from pnlac_fast.interventions import choose_sets
 
-    mode, topic = given["inhibit_mode"], given["topic"]
-    neurons = for_training(inhibit, mode, topic, name=set_name, control=control) if inhibit else None
+    topic = given["topic"]
+    modes = given["inhibit_mode"] = given["inhibit_mode"] or (("freeze",) if inhibit else ())
+    neurons = choose_sets(inhibit, modes, topic, names=set_names, control=control) if inhibit else None
+    if "kl" in modes:
+        given["kl_data"], given["kl_topics"] = given["kl_data"] or given["data"], given["kl_topics"] or None
     targets = given.pop("target_modules")
     given["target_modules"] = targets[0] if targets == ("all-linear",) else targets
     tuned = run(inhibit=neurons, keep_base=False, **_loaded({**given, "topics": (topic,)}))

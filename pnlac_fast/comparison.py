@@ -26,16 +26,20 @@ def as_run(trajectory: xr.Dataset, record: Mapping[str, Any]) -> xr.Dataset:
     Returns
     -------
     xarray.Dataset
-        ``margin`` and ``step``, with coordinates ``method`` (see :func:`method_name`), ``tuned_topic``, ``draw`` (seed
-        of random neurons, else -1), ``count`` and ``share`` (of all neurons), ``learning_rate`` and ``seed`` on run.
+        ``margin`` and ``step``, with coordinates ``method`` (see :func:`method_name`), ``tuned_topic``, ``kl_topics``
+        (joined by "+"), ``draw`` (seed of random neurons, else -1), ``count`` and ``share`` (of all neurons, those of
+        the first mode that has any), ``learning_rate`` and ``seed`` on run.
     """
-    inhibit = record["inhibit"] or {"count": 0, "share": 0.0, "kind": "", "found": {}}
+    inhibit = record["inhibit"]
+    sets = [one for one in inhibit.values() if "count" in one] or [{"count": 0, "share": 0.0, "kind": "", "found": {}}]
+    draws = [one["found"].get("seed", -1) for one in sets if one["kind"] == "random"]
     values: dict[str, Any] = {
         "method": np.array([method_name(record)], dtype=object),
         "tuned_topic": np.array([record["tuned_topic"]], dtype=object),
-        "draw": [inhibit["found"].get("seed", -1) if inhibit["kind"] == "random" else -1],
-        "count": [inhibit["count"]],
-        "share": [inhibit["share"]],
+        "kl_topics": np.array(["+".join(inhibit.get("kl", {}).get("topics", ()))], dtype=object),
+        "draw": [draws[0] if draws else -1],
+        "count": [sets[0]["count"]],
+        "share": [sets[0]["share"]],
         "learning_rate": [record["learning_rate"]],
         "seed": [record["seed"]],
     }
@@ -47,17 +51,18 @@ def method_name(record: Mapping[str, Any]) -> str:
 
     "plain"; "freeze_5" where 5 % of all neurons were frozen; "specific_10" where only those specific in the top 10 %
     were trained; "freeze_random_5" and "specific_random_10" with random neurons in their place; "slow_5_by_0.5" where
-    5 % took half of each step.
+    5 % took half of each step; "anchor_5" and "kl", with "_by_3" for a weight of 3; "anchor_5+kl" for both together.
     """
-    inhibit = record["inhibit"]
-    if inhibit is None:
-        return "plain"
-    percent = 100 * (
-        inhibit["found"].get("top", inhibit["share"]) if inhibit["mode"] == "specific" else inhibit["share"]
-    )
-    control = "random_" if inhibit["kind"] == "random" else ""
-    amount = f"{control}{percent:{'.0f' if percent >= 0.5 else '.2g'}}"
-    return f"slow_{amount}_by_{inhibit['factor']:g}" if inhibit["factor"] else f"{inhibit['mode']}_{amount}"
+    return "+".join(_mode_name(mode, one) for mode, one in record["inhibit"].items()) or "plain"
+
+
+def _mode_name(mode: str, one: Mapping[str, Any]) -> str:
+    weight = "" if one.get("weight", 1) == 1 else f"_by_{one['weight']:g}"
+    if mode == "kl":
+        return f"kl{weight}"
+    percent = 100 * (one["found"].get("top", one["share"]) if mode == "specific" else one["share"])
+    amount = f"{'random_' if one['kind'] == 'random' else ''}{percent:{'.0f' if percent >= 0.5 else '.2g'}}"
+    return f"slow_{amount}_by_{one['factor']:g}" if one.get("factor") else f"{mode}_{amount}{weight}"
 
 
 def join(runs: Sequence[xr.Dataset]) -> xr.Dataset:

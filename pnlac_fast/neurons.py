@@ -216,9 +216,9 @@ def for_training(
 ) -> NeuronSet:
     """The set of a neuron file that a fine-tune on ``topic`` inhibits.
 
-    ``name`` where it is given; else the general set for ``mode`` "freeze" and the topic's specific set for "specific",
-    of the model tuned on that topic where the file has several models. With ``control``, a seed: random neurons in its
-    place, as many in every layer and none of its own.
+    ``name`` where it is given; else the general set for the modes "freeze" and "anchor", the topic's specific set for
+    "specific", of the model tuned on that topic where the file has several models. With ``control``, a seed: random
+    neurons in its place, as many in every layer and none of its own.
     """
     sets = load_sets(path)
     models = {s.model for s in sets.values()}
@@ -227,7 +227,7 @@ def for_training(
         if name not in sets:
             raise unknown("neuron set", name, sets)
         chosen = sets[name]
-    elif mode == "freeze":
+    elif mode in ("freeze", "anchor"):
         chosen = choose(sets, "general", model=model)
     else:
         chosen = choose(sets, "specific", model=model, topic=topic)

@@ -26,6 +26,7 @@ from pnlac_fast.completions import collate
 from pnlac_fast.errors import Interrupted, UserError
 from pnlac_fast.loading import FINETUNE_FILE, SLICES_FILE, weights_sha256
 from pnlac_fast.models import Model
+from pnlac_fast.penalties import Penalty
 from pnlac_fast.slice_file import save_slices
 from pnlac_fast.slices import Slices
 from pnlac_fast.trajectory import TRAJECTORY_FILE
@@ -61,8 +62,8 @@ class Run:
 
     def train(
         self, rows: list[tuple[list[int], int]], callbacks: list[TrainerCallback], save_steps: int | None
-    ) -> list[list[float]]:
-        """Train; the mean losses since the point before, as [step, loss] at about ten points."""
+    ) -> dict[str, list[list[float]]]:
+        """Train; means since the point before of ``loss`` and each penalty, as [step, value] at about ten points."""
         chosen, checkpoints = self.settings, self.work / CHECKPOINTS
         arguments = TrainingArguments(
             output_dir=str(checkpoints),
@@ -104,15 +105,18 @@ class Run:
                     else "starts again; with --save-steps it could go on."
                 )
             ) from stop
-        losses = [[h["step"], h["loss"]] for h in trainer.state.log_history if "loss" in h]
-        if losses and not math.isfinite(losses[-1][1]):
-            raise UserError(f"The loss became {losses[-1][1]}: lower the learning rate ({chosen['learning_rate']:g}).")
+        logged = [h for h in trainer.state.log_history if "loss" in h]
+        if logged and not math.isfinite(logged[-1]["loss"]):
+            raise UserError(
+                f"The loss became {logged[-1]['loss']}: lower the learning rate ({chosen['learning_rate']:g})."
+            )
         self.module.zero_grad(set_to_none=True)
         self.module.requires_grad_(False).eval()
         self.hf.config.use_cache = self.use_cache
         if "lora" not in chosen:
             self._cast(self.dtypes)
-        return losses
+        terms = ("loss", *(callback.name for callback in callbacks if isinstance(callback, Penalty)))
+        return {name: [[h["step"], h[name]] for h in logged] for name in terms}
 
     def publish(self, out: Path, record: Mapping[str, Any], slices: Slices | None) -> Path:
         """Write the model into the workplace and move it to ``out`` in one step."""

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 from transformers import TrainerCallback
 
 from pnlac_fast.completions import choose_questions, encode_rows
 from pnlac_fast.datasets import SIDES, Question, as_questions, fingerprint
 from pnlac_fast.errors import UserError, unknown
-from pnlac_fast.inhibition import InhibitFT
+from pnlac_fast.interventions import Interventions, combine, other_topics
 from pnlac_fast.loading import load_model
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
@@ -72,9 +70,15 @@ def finetune(
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     seed: int = 0,
-    inhibit: NeuronSet | None = None,
-    inhibit_mode: str = "freeze",
+    inhibit: NeuronSet | Mapping[str, NeuronSet] | None = None,
+    inhibit_mode: str | Sequence[str] | None = None,
     inhibit_factor: float = 0.0,
+    anchor_weight: float = 1.0,
+    kl_data: str | Path | Sequence[Question] | None = None,
+    kl_topics: Sequence[str] | None = None,
+    kl_weight: float = 1.0,
+    kl_on: str = "answers",
+    kl_max_new_tokens: int = 64,
     lora_rank: int = 16,
     lora_alpha: int = 32,
     lora_dropout: float = 0.0,
@@ -114,9 +118,20 @@ def finetune(
         Default: 1e-4 for LoRA, 1e-5 for full.
     batch_size, accumulation
         Completions per optimizer step, and in how many parts they are run.
-    inhibit, inhibit_mode, inhibit_factor
-        Neurons to "freeze", or the only ("specific") ones to train; with "freeze", the share of each step that they
-        still take, 0 unless given. See :class:`pnlac_fast.inhibition.InhibitFT`.
+    inhibit, inhibit_mode
+        Neurons, or neurons by mode, and what to do with them; modes that go together may be combined, as "anchor,kl".
+        "freeze" them, or train only them ("specific"), see :class:`pnlac_fast.inhibition.InhibitFT`; "anchor" their
+        activations, see :class:`pnlac_fast.anchoring.Anchor`; or, without neurons, "kl": hold the model to its base on
+        other topics, see :class:`pnlac_fast.divergence.KLToBase`. Default: "freeze" where neurons are given.
+    inhibit_factor
+        With "freeze", the share of each step that the neurons still take, 0 unless given.
+    anchor_weight, kl_weight
+        Factors of these penalties beside the loss.
+    kl_data, kl_topics
+        Whose questions to hold the model to its base on; their completions are not read. Default: those of ``data``,
+        of all topics that are not tuned on. A topic that is judged should be left out.
+    kl_on, kl_max_new_tokens
+        Where: on "answers" sampled from the base, so long at most, or on the "prompts" themselves.
     probe, points
         Held-out questions whose margin is measured before, after, and in between, about ``points`` times, more often
         early; ``normalise`` as in :func:`pnlac_fast.stance.margins`.
@@ -156,14 +171,19 @@ def finetune(
     probes = () if probe is None else as_questions(probe)
     if shared := {q.key for q in probes} & {q.key for q in questions}:
         raise UserError(f"{len(shared)} of the probe questions are trained on: probe with held-out questions.")
-    inhibition = None
-    if inhibit is not None:
-        inhibit.check(base)
-        inhibition = InhibitFT(inhibit, inhibit_mode, inhibit_factor)
+    modes, sets = combine(inhibit, inhibit_mode)
+    for neurons in sets.values():
+        neurons.check(base)
+    others: tuple[Question, ...] = ()
+    if "kl" in modes:
+        others = other_topics(as_questions(data if kl_data is None else kl_data), topics, kl_topics)
+        if shared := {q.key for q in probes} & {q.key for q in others}:
+            raise UserError(f"{len(shared)} of the probe questions are used for the KL: probe with held-out questions.")
+    plan = Interventions(modes, sets, inhibit_factor, anchor_weight, kl_weight, others, kl_on, kl_max_new_tokens)
     settings: dict[str, Any] = {
         "tuned_topic": "+".join(topics),
         "side": side,
-        "method": "plain" if inhibit is None else inhibit_mode,
+        "method": plan.name,
         "parameters": method,
         "steps": steps,
         "learning_rate": LEARNING_RATE[method] if learning_rate is None else learning_rate,
@@ -176,7 +196,7 @@ def finetune(
         "template": template,
         "base": base.origin,
         "data": {"sha256": fingerprint(questions), "questions": len(questions), "completions": len(rows)},
-        "inhibit": None if inhibit is None else _inhibited(inhibit, inhibit_mode, inhibit_factor),
+        "inhibit": plan.record,
         "probe": {"sha256": fingerprint(probes), "points": points, "normalise": normalise} if probes else None,
     }
     if method == "lora":
@@ -187,12 +207,14 @@ def finetune(
         run = Run(base, keep_base and isinstance(model, Model), settings, work)
         if gradient_checkpointing:
             run.checkpoint_activations()
-        callbacks: list[TrainerCallback] = []
+        ids = [ids for ids, _ in rows]
+        penalties = plan.penalties(run.module, run.view, ids, template, batch_size // accumulation, seed)
+        callbacks: list[TrainerCallback] = [*penalties]
         slices: Slices | None = None
-        if inhibition is not None:
-            callbacks.append(inhibition)
-            settings["inhibit"]["covered"] = inhibition.prepare(run.module).covered
-            slices = inhibition.slices
+        if weights := plan.weights():
+            callbacks.append(weights)
+            settings["inhibit"][weights.mode]["covered"] = weights.prepare(run.module).covered
+            slices = weights.slices
         at = sorted({round(steps * (i / max(points - 1, 1)) ** 2) for i in range(points)} | {0, steps})
         if probes:
             callbacks.append(watch := Trajectory(run.view, probes, at, work / TRAJECTORY_FILE, template, normalise))
@@ -201,22 +223,7 @@ def finetune(
         finally:
             if slices is not None:
                 slices.merge()
-        record = {**settings, "loss": losses, "provenance": provenance()}
+        record = {**settings, **losses, "provenance": provenance()}
         trajectory = watch.dataset() if probes else None
         path = None if out is None else run.publish(Path(out), record, slices)
         return FineTune(path, run.result(path, record), trajectory, record)
-
-
-def _inhibited(neurons: NeuronSet, mode: str, factor: float) -> dict[str, Any]:
-    return {
-        "mode": mode,
-        "factor": factor,
-        "set": neurons.name,
-        "kind": neurons.kind,
-        "site": neurons.site,
-        "count": len(neurons),
-        "share": neurons.share,
-        "denominator": "all neurons of the site",
-        "sha256": hashlib.sha256(np.packbits(neurons.member).tobytes()).hexdigest(),
-        "found": dict(neurons.found),
-    }

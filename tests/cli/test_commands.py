@@ -189,7 +189,7 @@ def test_finetune_inhibits_by_a_factor(cli, world: Path, base, tmp_path: Path) -
     assert cli(*asked).code == 2
     neurons = ["--inhibit", world / "neurons.json"]
     assert cli(*asked, *neurons, "--inhibit-mode", "specific").code == 3
-    assert done(cli(*asked, *neurons, "--json")).json["inhibit"]["factor"] == 0.5
+    assert done(cli(*asked, *neurons, "--json")).json["inhibit"]["freeze"]["factor"] == 0.5
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -198,7 +198,7 @@ def test_finetune_inhibits(cli, world: Path, base, tmp_path: Path, method: str, 
     asked = ["finetune", *base, "--topic", "race", "--out", tmp_path / "t", *SMALL, "--method", method]
     record = done(cli(*asked, "--inhibit", world / "neurons.json", "--inhibit-mode", mode, "--json")).json
     name = "race/general" if mode == "freeze" else "race/specific/race"
-    assert record["inhibit"]["set"] == name
+    assert record["inhibit"][mode]["set"] == name
     assert record["method"] == mode
     assert record["out"] == str(tmp_path / "t")
     member = torch.from_numpy(load_sets(world / "neurons.json")[name].member)
@@ -216,10 +216,33 @@ def test_finetune_inhibits(cli, world: Path, base, tmp_path: Path, method: str, 
             assert moved.any() or not (~still[layer]).any()
 
 
+def test_finetune_anchors_and_holds_to_base(cli, world: Path, base, tmp_path: Path) -> None:
+    asked = ["finetune", *base, "--topic", "race", *SMALL, "--json"]
+    neurons = ["--inhibit", world / "neurons.json"]
+    kl = ["--kl-topics", "economy", "--kl-weight", 0.5, "--kl-on", "prompts"]
+    inhibit = done(cli(*asked, *neurons, "--inhibit-mode", "anchor,kl", *kl, "--out", tmp_path / "t")).json["inhibit"]
+    assert inhibit["anchor"]["set"] == "race/general"
+    assert (inhibit["kl"]["topics"], inhibit["kl"]["questions"], inhibit["kl"]["weight"]) == (["economy"], 7, 0.5)
+    alone = done(cli(*asked, "--inhibit-mode", "kl", "--kl-max-new-tokens", 4, "--out", tmp_path / "k")).json
+    assert (alone["method"], alone["inhibit"]["kl"]["topics"]) == ("kl", ["economy", "science"])
+    sets = ["--set", "specific=race/specific/race", "--set", "anchor=race/specific/economy", "--anchor-weight", 3]
+    both = [*neurons, "--inhibit-mode", "specific", "--inhibit-mode", "anchor", *sets]
+    inhibit = done(cli(*asked, *both, "--out", tmp_path / "b")).json["inhibit"]
+    assert [(mode, one["set"]) for mode, one in inhibit.items()] == [
+        ("specific", "race/specific/race"),
+        ("anchor", "race/specific/economy"),
+    ]
+    assert inhibit["anchor"]["weight"] == 3
+    refused = cli(*asked, *neurons, "--set", "ancor=race/general", "--out", tmp_path / "x")
+    assert refused.code == 3
+    assert "mode with neurons" in refused.err
+    assert cli(*asked, "--kl-weight", 2, "--out", tmp_path / "x").code == 2
+
+
 def test_finetune_takes_a_set_by_name(cli, world: Path, base, tmp_path: Path) -> None:
     asked = ["finetune", *base, "--topic", "science", "--out", tmp_path / "t", *SMALL]
     record = done(cli(*asked, "--inhibit", world / "neurons.json", "--set", "race/top/economy", "--json")).json
-    assert record["inhibit"]["set"] == "race/top/economy"
+    assert record["inhibit"]["freeze"]["set"] == "race/top/economy"
     lines = table(done(cli(*asked, "--overwrite")).out)
     assert next(line for line in lines if line.startswith("loss")).split()[1] == "1:"
 

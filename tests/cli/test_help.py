@@ -29,7 +29,7 @@ RENAMED = {
     "cache": {"site": "sites"},
     "bench": {"shape": "shapes", "only": "parts", "device": "device", "dtype": "dtype"},
     "patch": {"direction": "directions", "kind": "kinds"},
-    "finetune": {"set_name": "inhibit", "control": "inhibit"},
+    "finetune": {"set_names": "inhibit", "control": "inhibit"},
 }
 PRINTED = {"score": {"measure"}}
 

@@ -25,11 +25,17 @@ def trajectory(points: int, *, keys: str = "abc", normalise: str = "sum", seed: 
 
 
 def record(inhibit: dict | None = None) -> dict:
-    return {"tuned_topic": "race", "learning_rate": 1e-4, "seed": 3, "inhibit": inhibit}
+    return {"tuned_topic": "race", "learning_rate": 1e-4, "seed": 3, "inhibit": inhibit or {}}
 
 
 def inhibited(mode: str, share: float, *, kind: str = "general", factor: float = 0.0, **found: object) -> dict:
-    return record({"mode": mode, "factor": factor, "kind": kind, "count": 7, "share": share, "found": found})
+    return record({mode: {"factor": factor, "kind": kind, "count": 7, "share": share, "found": found}})
+
+
+def penalised(weight: float = 1.0, specific: dict | None = None) -> dict:
+    anchor = {"kind": "general", "count": 7, "share": 0.05, "found": {}, "weight": weight}
+    first = specific["inhibit"] if specific else {}
+    return record({**first, "anchor": anchor, "kl": {"weight": 1.0, "topics": ["science", "crime"]}})
 
 
 @pytest.mark.parametrize(
@@ -44,6 +50,9 @@ def inhibited(mode: str, share: float, *, kind: str = "general", factor: float =
         (inhibited("freeze", 0.0501, factor=0.0), "freeze_5"),
         (inhibited("freeze", 0.0501, factor=0.5), "slow_5_by_0.5"),
         (inhibited("freeze", 0.0501, factor=0.25, kind="random", seed=4), "slow_random_5_by_0.25"),
+        (record({"kl": {"weight": 0.3, "topics": ["science"]}}), "kl_by_0.3"),
+        (penalised(), "anchor_5+kl"),
+        (penalised(3.0, inhibited("specific", 0.02, kind="specific", top=0.1)), "specific_10+anchor_5_by_3+kl"),
     ],
 )
 def test_methods_are_named_by_what_was_done(given: dict, name: str) -> None:
@@ -68,6 +77,7 @@ def test_runs_of_different_length_keep_their_values(tmp_path: Path) -> None:
     assert both["method"].values.tolist() == ["plain", "specific_random_10"]
     assert both["draw"].values.tolist() == [-1, 4]
     assert both["share"].values.tolist() == [0.0, 0.02]
+    assert as_run(long, penalised())["kl_topics"].values.tolist() == ["science+crime"]
 
 
 @pytest.mark.parametrize("other", [trajectory(5, keys="abd"), trajectory(5, normalise="token")])

@@ -243,7 +243,7 @@ def test_the_chain_on_real_questions(folder: Path, tuned, questions, tmp_path: P
         points=3,
         overwrite=True,
     )
-    assert inhibited.record["inhibit"]["count"] == len(sets["race/general"])
+    assert inhibited.record["inhibit"]["freeze"]["count"] == len(sets["race/general"])
     assert inhibited.trajectory is not None
     stance = score(folder / "base", {**tuned, "frozen": folder / "frozen"}, held_out, store=out, template=TEMPLATE)
     assert np.allclose(inhibited.trajectory["margin"].values[-1], stance["margin"].values[-1], rtol=1e-3, atol=1e-4)

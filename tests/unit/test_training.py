@@ -236,12 +236,72 @@ def test_the_record_says_what_was_done(base: Model) -> None:
     assert record["base"] == base.origin
     assert record["data"]["completions"] == 40
     assert record["lora"] == {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
-    inhibit = record["inhibit"]
+    inhibit = record["inhibit"]["freeze"]
     assert (inhibit["set"], inhibit["count"], inhibit["share"]) == ("some", 3, 3 / (LAYERS * WIDTH))
     assert inhibit["covered"] == {"gate_proj": 2, "up_proj": 2, "down_proj": 2}
     assert inhibit["factor"] == 0.0
     assert "torch" in record["provenance"]["versions"]
     assert tune(base).record["method"] == "plain"
+
+
+def test_the_record_says_what_was_minimised_beside_the_loss(base: Model) -> None:
+    options: dict[str, Any] = {"anchor_weight": 2.0, "kl_weight": 0.5, "kl_on": "prompts"}
+    record = tune(base, inhibit=chosen(), inhibit_mode="kl,anchor", **options).record
+    assert record["method"] == "anchor+kl"
+    assert list(record["inhibit"]) == ["anchor", "kl"]
+    assert (record["inhibit"]["anchor"]["set"], record["inhibit"]["anchor"]["weight"]) == ("some", 2.0)
+    kl = record["inhibit"]["kl"]
+    assert (kl["weight"], kl["on"], kl["topics"], kl["questions"]) == (0.5, "prompts", ["science"], 20)
+    for term in ("anchor", "kl"):
+        assert [step for step, _ in record[term]] == [step for step, _ in record["loss"]]
+        assert record[term][-1][1] > 0
+
+
+@pytest.mark.parametrize("mode", ["anchor", "kl"])
+def test_a_penalty_holds_what_it_is_for(mode: str, base: Model) -> None:
+    """The more of it, the smaller its term at the end; the side is learned all the same."""
+    held_out, ends = questions(seed=1, n=5), []
+    for weight in (1e-6, 30.0 if mode == "anchor" else 3.0):
+        options: dict[str, Any] = {f"{mode}_weight": weight, "inhibit": chosen() if mode == "anchor" else None}
+        tuned = tune(base, steps=30, probe=held_out, inhibit_mode=mode, kl_max_new_tokens=5, **options)
+        assert tuned.trajectory is not None
+        assert (tuned.trajectory["margin"][-1] - tuned.trajectory["margin"][0]).values[:5].mean() > 0.2
+        ends.append(tuned.record[mode][-1][1])
+    assert ends[1] < 0.4 * ends[0]
+
+
+def test_kl_is_on_other_topics_than_the_tuned_and_on_other_questions_than_the_probes(base: Model) -> None:
+    with pytest.raises(UserError, match="'race' is tuned on"):
+        tune(base, inhibit_mode="kl", kl_topics=("race",))
+    with pytest.raises(UserError, match="Did you mean 'science'"):
+        tune(base, inhibit_mode="kl", kl_topics=("scienc",))
+    with pytest.raises(UserError, match="no questions of other topics"):
+        tune(base, inhibit_mode="kl", kl_data=questions(topics=("race",)))
+    with pytest.raises(UserError, match="used for the KL"):
+        tune(base, inhibit_mode="kl", probe=questions()[-3:])
+
+
+def test_modes_that_do_not_go_together_or_have_no_effect_are_refused(base: Model) -> None:
+    for inhibit, mode, said in (
+        (chosen(), "freeze,specific", "choose one of them"),
+        (chosen(), "specific,anchor", "3 neurons are to train alone"),
+        (chosen(), "kl", "Neurons have no effect in mode kl"),
+        ({"anchor": chosen()}, "freeze", "Neurons have no effect in mode freeze"),
+        ({"anchor": chosen()}, "freeze,anchor", "Mode freeze needs neurons"),
+        (None, "anchor", "Mode anchor needs neurons"),
+        (chosen(), "ancor", "Did you mean 'anchor'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            tune(base, inhibit=inhibit, inhibit_mode=mode)
+    with pytest.raises(UserError, match="choose mode freeze"):
+        tune(base, inhibit=chosen(), inhibit_mode="anchor", inhibit_factor=0.5)
+
+
+def test_each_mode_may_have_neurons_of_its_own(base: Model) -> None:
+    held = replace(chosen(), name="held", member=np.roll(chosen().member, 1, axis=1))
+    record = tune(base, inhibit={"specific": chosen(), "anchor": held}).record
+    assert record["method"] == "specific+anchor"
+    assert [record["inhibit"][mode]["set"] for mode in ("specific", "anchor")] == ["some", "held"]
 
 
 def test_epochs_and_several_topics(base: Model) -> None:
@@ -257,7 +317,7 @@ def test_a_factor_lies_between_freezing_and_plain_tuning(method: str, base: Mode
     moved = []
     for factor in (0.0, 0.5, 1.0):
         tuned = tune(base, method=method, inhibit=chosen(), inhibit_factor=factor)
-        assert tuned.record["inhibit"]["factor"] == factor
+        assert tuned.record["inhibit"]["freeze"]["factor"] == factor
         rows = torch.from_numpy(chosen().member[0])
         gate = tuned.model.projection(0, "gate_proj")
         delta = (
@@ -319,7 +379,13 @@ def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "collate", stop)
 
 
-@pytest.mark.parametrize(("method", "mode"), [("full", "freeze"), ("full", "specific"), ("lora", "freeze")])
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [
+        *(("full", "freeze"), ("full", "specific"), ("lora", "freeze")),
+        *(("full", "anchor,kl"), ("lora", "anchor,kl"), ("full", "specific,kl")),
+    ],
+)
 def test_an_interrupted_run_resumes_to_the_same_bits(
     method: str, mode: str, base: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -327,6 +393,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         "method": method,
         "inhibit": chosen(),
         "inhibit_mode": mode,
+        "kl_max_new_tokens": 5,
         "probe": questions(seed=1, n=3),
         "points": 6,
         "lora_dropout": 0.1,
@@ -346,6 +413,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     assert same(weights(whole.model), weights(resumed.model))
     assert whole.trajectory is not None
     assert whole.trajectory.identical(resumed.trajectory)  # type: ignore[arg-type]
+    for term in {"loss", *mode.split(",")} & whole.record.keys():
+        assert whole.record[term] == resumed.record[term]
 
 
 def test_a_model_tuned_in_place_is_plain_after_an_interruption(base: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,200 @@
+"""What a fine-tune does against spill-over: which modes, on which neurons, and what goes with what."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from pnlac_fast.anchoring import Anchor, base_activations
+from pnlac_fast.datasets import Question, by_topic, fingerprint
+from pnlac_fast.divergence import KLToBase, references
+from pnlac_fast.errors import UserError, unknown
+from pnlac_fast.inhibition import InhibitFT
+from pnlac_fast.masks import MODES as WEIGHTS
+from pnlac_fast.models import Model
+from pnlac_fast.neurons import NeuronSet, for_training
+from pnlac_fast.penalties import Penalty
+
+MODES = (*WEIGHTS, "anchor", "kl")  # which weights train, and what is minimised beside the loss
+
+
+@dataclass(frozen=True, eq=False)
+class Interventions:
+    """The modes of one fine-tune, with all that they need.
+
+    Attributes
+    ----------
+    modes
+        In the order of ``MODES``.
+    sets
+        Neurons of each mode that has any.
+    factor
+        Of the mode "freeze", see :class:`pnlac_fast.inhibition.InhibitFT`.
+    anchor_weight, kl_weight
+        Of the penalties.
+    others
+        Questions of other topics, for the mode "kl".
+    kl_on, kl_max_new_tokens
+        See :func:`pnlac_fast.divergence.references`.
+    """
+
+    modes: tuple[str, ...]
+    sets: Mapping[str, NeuronSet]
+    factor: float = 0.0
+    anchor_weight: float = 1.0
+    kl_weight: float = 1.0
+    others: tuple[Question, ...] = ()
+    kl_on: str = "answers"
+    kl_max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if self.factor and "freeze" not in self.modes:
+            raise UserError("An inhibit factor slows frozen neurons: choose mode freeze, or leave the factor out.")
+
+    @property
+    def name(self) -> str:
+        """Such as "anchor+kl"; "plain" where there are none."""
+        return "+".join(self.modes) or "plain"
+
+    @property
+    def record(self) -> dict[str, dict[str, Any]]:
+        """What a fine-tune's record says of each mode."""
+        found: dict[str, dict[str, Any]] = {}
+        for mode in self.modes:
+            found[mode] = describe(self.sets[mode]) if mode in self.sets else {}
+        if "freeze" in found:
+            found["freeze"]["factor"] = self.factor
+        if "anchor" in found:
+            found["anchor"]["weight"] = self.anchor_weight
+        if "kl" in found:
+            topics = list(by_topic(self.others))
+            found["kl"] = {"weight": self.kl_weight, "on": self.kl_on, "topics": topics, "questions": len(self.others)}
+            found["kl"] |= {"sha256": fingerprint(self.others), "max_new_tokens": self.kl_max_new_tokens}
+        return found
+
+    def weights(self) -> InhibitFT | None:
+        """The callback that decides which weights train, where one of the modes does."""
+        for mode in WEIGHTS:
+            if mode in self.modes:
+                return InhibitFT(self.sets[mode], mode, self.factor)
+        return None
+
+    def penalties(
+        self, module: nn.Module, model: Model, rows: Sequence[Sequence[int]], template: str, batch_size: int, seed: int
+    ) -> list[Penalty]:
+        """The callbacks that add to what is minimised, made while the model still is its base.
+
+        Parameters
+        ----------
+        module, model
+            What trains, as the Trainer and as this package sees it.
+        rows
+            Token ids of the rows to train on.
+        batch_size
+            Rows of one part of a batch, and so texts of the KL.
+        """
+        found: list[Penalty] = []
+        if "anchor" in self.modes:
+            neurons = self.sets["anchor"]
+            found.append(Anchor(neurons, self.anchor_weight, base_activations(module, rows, neurons)))
+        if "kl" in self.modes:
+            options: dict[str, Any] = {"max_new_tokens": self.kl_max_new_tokens, "seed": seed}
+            texts = references(model, self.others, on=self.kl_on, template=template, **options)
+            found.append(KLToBase(texts, self.kl_weight, batch_size=batch_size, seed=seed))
+        return found
+
+
+def combine(
+    inhibit: NeuronSet | Mapping[str, NeuronSet] | None, modes: str | Sequence[str] | None
+) -> tuple[tuple[str, ...], dict[str, NeuronSet]]:
+    """The modes of a fine-tune in the order of ``MODES``, and the neurons of each that has any.
+
+    Parameters
+    ----------
+    inhibit
+        Neurons for every mode that needs some, or neurons by mode.
+    modes
+        One or several, also as "anchor,kl". Default: "freeze" where there are neurons, or the modes that have some.
+
+    Raises
+    ------
+    UserError
+        A mode is unknown, lacks neurons, or does not go with another; neurons have no mode.
+    """
+    if modes is None:
+        modes = () if inhibit is None else ("freeze",) if isinstance(inhibit, NeuronSet) else tuple(inhibit)
+    asked = modes.split(",") if isinstance(modes, str) else list(modes)
+    for mode in asked:
+        if mode not in MODES:
+            raise unknown("inhibit mode", mode, MODES)
+    if set(WEIGHTS) <= set(asked):
+        raise UserError("Modes freeze and specific both say which weights train: choose one of them.")
+    needing = [mode for mode in MODES if mode in asked and mode != "kl"]
+    sets = dict.fromkeys(needing, inhibit) if isinstance(inhibit, NeuronSet) else dict(inhibit or {})
+    if inhibit is not None and (not sets or set(sets) - set(needing)):
+        raise UserError(f"Neurons have no effect in mode {' and '.join(asked)}: add freeze, specific or anchor.")
+    if lacking := [mode for mode in needing if mode not in sets]:
+        raise UserError(f"Mode {lacking[0]} needs neurons: give those of pnlac-fast locate with --inhibit.")
+    own, held = sets.get("specific"), sets.get("anchor")
+    if own and held and own.site == held.site and (both := int((own.member & held.member).sum())):
+        raise UserError(f"{both} neurons are to train alone and to be anchored: give the mode anchor others.")
+    return tuple(mode for mode in MODES if mode in asked), sets
+
+
+def choose_sets(
+    path: str | Path, modes: Sequence[str], topic: str, *, names: Sequence[str] = (), control: int | None = None
+) -> dict[str, NeuronSet]:
+    """The sets of a neuron file for each mode that needs one, see :func:`pnlac_fast.neurons.for_training`.
+
+    ``names`` are "SET", for all of them, or "MODE=SET".
+    """
+    needing = [mode for mode in modes if mode != "kl"]
+    named: dict[str, str] = {}
+    for name in names:
+        mode, equals, rest = name.partition("=")
+        if equals and mode not in needing:
+            raise unknown("mode with neurons", mode, needing)
+        named |= {mode: rest} if equals else dict.fromkeys(needing, name)
+    return {mode: for_training(path, mode, topic, name=named.get(mode), control=control) for mode in needing}
+
+
+def describe(neurons: NeuronSet) -> dict[str, Any]:
+    """Neurons as a fine-tune's record has them."""
+    return {
+        "set": neurons.name,
+        "kind": neurons.kind,
+        "site": neurons.site,
+        "count": len(neurons),
+        "share": neurons.share,
+        "denominator": "all neurons of the site",
+        "sha256": hashlib.sha256(np.packbits(neurons.member).tobytes()).hexdigest(),
+        "found": dict(neurons.found),
+    }
+
+
+def other_topics(
+    questions: Sequence[Question], tuned: Sequence[str], topics: Sequence[str] | None
+) -> tuple[Question, ...]:
+    """The questions of topics that are not tuned on: of those named, or of all others.
+
+    Raises
+    ------
+    UserError
+        A topic is tuned on or has no questions, or none is left.
+    """
+    groups = by_topic(questions)
+    for topic in topics or ():
+        if topic not in groups:
+            raise unknown("topic", topic, groups)
+        if topic in tuned:
+            raise UserError(f"'{topic}' is tuned on, so that the model cannot be held to its base there: name others.")
+    chosen = tuple(q for topic in (topics or groups) if topic not in tuned for q in groups[topic])
+    if not chosen:
+        raise UserError("There are no questions of other topics to hold the model to its base on: give --kl-data.")
+    return chosen
