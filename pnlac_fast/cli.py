@@ -394,7 +394,7 @@ def env(model: str | None, as_json: bool) -> None:
 @option("--repeats", default=5, show_default=True, help="Rounds; ratios are taken within a round.")
 @option("--clock", default="wall", show_default=True, help="wall, or cpu: processor time, where others compute too.")
 @option("--questions", type=int, help="Questions of each of six topics. Default: by shape, for seconds a pass.")
-@names("--only", None, "localise, overhead, contrast_kernel, masked_step, training_step, memory.")
+@names("--only", None, "localise, overhead, contrast_kernel, masked_step, training_step, memory, store.")
 @as_json
 def bench(shape: tuple[str, ...], only: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Measure speed and memory on this machine. Against others and itself; results are checked first."""

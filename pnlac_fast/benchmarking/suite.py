@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pnlac_fast.benchmarking import contrast_kernel, localise, masked, memory, overhead, training_step
+from pnlac_fast.benchmarking import contrast_kernel, localise, masked, memory, overhead, store, training_step
 from pnlac_fast.benchmarking.timing import CLOCKS, use_clock
 from pnlac_fast.benchmarking.timing import threads as use_threads
 from pnlac_fast.benchmarking.workloads import DTYPES, SHAPES, make_workload
@@ -16,7 +16,7 @@ from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.loading import resolve_device
 from pnlac_fast.provenance import provenance
 
-PARTS = ("localise", "overhead", "contrast_kernel", "masked_step", "training_step", "memory")
+PARTS = ("localise", "overhead", "contrast_kernel", "masked_step", "training_step", "memory", "store")
 
 
 def bench(
@@ -48,7 +48,8 @@ def bench(
     questions
         Questions of each of the six topics. Default: as many as keep a pass over them within seconds.
     parts
-        What to measure, names in ``PARTS``. "contrast_kernel" and "masked_step" are single operations.
+        What to measure, names in ``PARTS``. "contrast_kernel" and "masked_step" are single operations;
+        "store" writes to the working directory, and measures its disk.
 
     Returns
     -------
@@ -91,6 +92,7 @@ def bench(
         "masked_step": lambda: masked.measure(repeats=repeats, device=device),
         "training_step": lambda: training_step.measure(repeats=repeats, device=device, dtype=dtype),
         "memory": lambda: memory.measure(device=device, dtype=dtype, threads=threads),
+        "store": lambda: store.measure(repeats=repeats),
     }
     with use_threads(threads), use_clock(clock):
         for shape in dict.fromkeys(shapes):

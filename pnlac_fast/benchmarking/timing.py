@@ -16,18 +16,25 @@ _clock: ContextVar[Callable[[], float]] = ContextVar("clock", default=time.perf_
 
 
 def interleaved(
-    ways: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device | str = "cpu", *, warm: bool = True
+    ways: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device | str = "cpu",
+    *,
+    warm: bool = True,
+    before: Callable[[], Any] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of each way in each round.
 
     A round runs every way once, and each round begins with another one, so that whatever else the machine does meets
     all of them. ``warm`` runs every way once before, untimed; leave it out where that has been done.
+    ``before`` is called before each, untimed.
     """
     names = list(ways)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-int(warm), rounds):
         start = max(number, 0) % len(names)
         for name in names[start:] + names[:start]:
+            before()
             took = _seconds(ways[name], torch.device(device))
             if number >= 0:
                 seconds[name].append(took)

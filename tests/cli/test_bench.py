@@ -78,7 +78,7 @@ def test_each_part_is_named_by_the_help_and_can_be_asked_for_alone(
     cli, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spread = {"median": 0.5, "min": 0.4, "max": 0.6, "repeats": 1}
-    for module in (suite.contrast_kernel, suite.localise, suite.masked, suite.memory, suite.overhead):
+    for module in (suite.contrast_kernel, suite.localise, suite.masked, suite.memory, suite.overhead, suite.store):
         monkeypatch.setattr(module, "measure", lambda *_, **__: {"a": spread})
     monkeypatch.setattr(suite.training_step, "measure", lambda **_: {"a": spread})
     found = cli("bench", "--shape", "test", "--only", part, "--json").json

@@ -186,6 +186,10 @@ def test_every_way_runs_once_a_round_and_none_is_always_first() -> None:
     seconds = interleaved(ways, 3)
     assert "".join(ran) == "abc" + "abc" + "bca" + "cab"
     assert {len(s) for s in seconds.values()} == {3}
+    ran.clear()
+    assert interleaved({"a": lambda: ran.append("a")}, 1, before=lambda: time.sleep(0.2))["a"][0] < 0.2
+    interleaved(ways, 1, before=lambda: ran.append("-"), warm=False)
+    assert "".join(ran) == "aa-a-b-c"
 
 
 def test_the_clock_can_be_the_processor_s() -> None:
