@@ -198,7 +198,7 @@ def _read(
     seen: dict[tuple[str, int], Tensor] = {}
 
     def visit(site: str, layer: int, activation: Tensor, taken: bool) -> None:
-        activation = model.part.cut(site, activation)
+        activation = model.part.cut(activation, model.width(site))
         # What leaves an MLP or a block, other code may still change in place; nothing does what enters a projection.
         if taken or (site == "mlp_mid" and not few):
             seen[site, layer] = activation
@@ -251,7 +251,7 @@ def _contrast(
         )
 
     def visit(site: str, layer: int, activation: Tensor, taken: bool) -> None:
-        activation, rows = model.part.cut(site, activation), all_taken if taken else selection.take
+        activation, rows = model.part.cut(activation, model.width(site)), all_taken if taken else selection.take
         if not (dense and site == "mlp_mid"):
             ops.contrast(
                 reference[site, layer],

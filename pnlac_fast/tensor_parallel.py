@@ -1,8 +1,8 @@
 """A decoder spread over processes by transformers' tensor parallelism: each has one slice of the neurons of a layer.
 
 Every process runs every pass, over the same tokens. It computes its slice of each MLP and reads it there; what the MLPs
-and blocks give out is summed over the processes anyway, so that each has all of it and takes its slice from that. No
-activation is ever gathered.
+and blocks give out is summed over the processes anyway, so that each has all of it and takes its slice from that.
+Nothing is gathered to be read. (Models with gate and up in one weight gather the middle of an MLP for themselves.)
 """
 
 from __future__ import annotations
@@ -43,11 +43,10 @@ class Part:
         """The neurons of this part among ``width`` of a layer."""
         return slice(self.rank * width // self.ranks, (self.rank + 1) * width // self.ranks)
 
-    def cut(self, site: str, activation: Tensor) -> Tensor:
-        """This part of an activation, [row, neuron], as a process sees it; at ``mlp_mid`` it sees no more than that."""
-        if self.ranks == 1 or site == "mlp_mid":
-            return activation
-        return activation[:, self.of(activation.shape[1])]
+    def cut(self, activation: Tensor, width: int) -> Tensor:
+        """This part of an activation, [row, neuron], of a site with ``width`` neurons; what is cut already stays."""
+        whole = activation.shape[1] == width
+        return activation[:, self.of(width)] if whole and self.ranks > 1 else activation
 
 
 WHOLE = Part()
@@ -106,13 +105,15 @@ def sharding(config: Any, part: Part) -> Any:
 
 
 def check(model: Model) -> None:
-    """Run two tokens and refuse a model in which a site has another width than its part's.
+    """Refuse a mixture of experts, and a model of which two tokens show a site at another width than it should have.
 
     Raises
     ------
     UserError
         It names the site.
     """
+    if model.architecture.experts:  # a slice of every expert is no slice of all their neurons
+        raise UserError(f"'{model.name}' is a mixture of experts, which is not divided yet: leave --tp out.")
     seen: dict[str, set[int]] = {site: set() for site in SITES}
     with torch.inference_mode(), ExitStack() as stack:
         for site in SITES:
@@ -120,25 +121,26 @@ def check(model: Model) -> None:
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
         model.hf.get_decoder()(input_ids=tokens, use_cache=False)
     for site, widths in seen.items():
-        wanted = model.local_width(site) if site == "mlp_mid" else model.width(site)
-        if widths != {wanted}:
+        cut = {model.local_width(site)} if site == "mlp_mid" else set()
+        if len(widths) != 1 or not widths <= {model.width(site), *cut}:
             raise UserError(
                 f"Under tensor parallelism site {site} of '{model.name}' has {sorted(widths)} neurons in a process, "
-                f"not {wanted}: leave --tp out."
+                f"of {model.width(site)}: leave --tp out."
             )
 
 
-def agreed(model: Model, numbers: Sequence[int]) -> list[int]:
-    """The numbers that the first process gives, in all processes that share a model.
+def union(model: Model, numbers: Sequence[int]) -> list[int]:
+    """The numbers that any of the processes gives that share a model, ascending, in all of them.
 
-    They must run the same passes. Free memory, or a directory that others write, may look different to each.
+    They must run the same passes, but free memory, or what has been written, may look different to each.
     """
-    if model.part.ranks == 1:
-        return list(numbers)
-    count = torch.tensor(len(numbers), device=model.device)
-    dist.broadcast(count, src=0)
-    values = torch.tensor(numbers, dtype=torch.int64, device=model.device)
-    if model.part.rank:
-        values = values.new_empty(int(count))
-    dist.broadcast(values, src=0)
-    return [int(value) for value in values]
+    found = set(numbers)
+    for rank in range(model.part.ranks if model.part != WHOLE else 0):
+        own = torch.tensor([*numbers], dtype=torch.int64, device=model.device)
+        count = torch.tensor(len(own), device=model.device)
+        dist.broadcast(count, src=rank)
+        if rank != model.part.rank:
+            own = own.new_empty(int(count))
+        dist.broadcast(own, src=rank)
+        found.update(own.tolist())
+    return sorted(found)

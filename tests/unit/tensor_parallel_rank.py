@@ -16,23 +16,24 @@ from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.passes import SHORTCUTS, usable
 from pnlac_fast.prompts import encode
-from pnlac_fast.tensor_parallel import agreed
+from pnlac_fast.tensor_parallel import union
 
 torch.set_num_threads(1)
 given = json.loads(Path(sys.argv[1]).read_text())
 out = Path(given["out"])
 questions = [Question(q["topic"], q["instruction"], tuple(q["right"]), tuple(q["left"])) for q in given["questions"]]
 arrays, said = {}, {}
-for kind in ("llama", "qwen2"):
+for kind in ("llama", "qwen2", "phi3"):  # which has gate and up in one weight
     base = load_model(given["models"][kind], dtype="float32", tp=True)
-    tuned = {"t": load_tuned(base, given["models"][f"{kind}_tuned"])}
+    tuned = {"t": load_tuned(base, given["models"].get(f"{kind}_tuned", given["models"][kind]))}
     if kind == "llama":
         tuned |= {name: load_tuned(base, path, name=name) for name, path in given["adapters"].items()}
     said[f"{kind}/usable"] = usable(base, SHORTCUTS, longest=40)
     texts = encode(base.tokenizer, questions, side="both")
-    for shortcuts in given["shortcuts"]:
-        sums = accumulate(base, tuned, texts, shortcuts=shortcuts, **given["options"])
-        at = f"{kind}/{len(shortcuts)}"
+    for way, shortcuts in given["ways"].items():
+        taken = [name for name in shortcuts if name != "fuse" or base.architecture.gated]
+        sums = accumulate(base, tuned, texts, shortcuts=taken, **given["options"])
+        at = f"{kind}/{way}"
         arrays[f"{at}/counts"] = sums.counts
         arrays |= {f"{at}/base/{site}": a for site, a in sums.base.items()}
         arrays |= {f"{at}/tuned/{site}": a for site, a in sums.tuned.items()}
@@ -40,11 +41,13 @@ for kind in ("llama", "qwen2"):
         arrays |= {f"{at}/rows/{name}": a for name, a in sums.rows.items()}
 
 rank = base.part.rank
-said["agreed"] = agreed(base, [7, 1 << 40, 9] if rank == 0 else [])
+said["union"] = union(base, [[7, 1 << 40], [9, 7]][rank])
+said["smallest"] = min(union(base, [4 + rank]))
 neurons = NeuronSet("n", "general", np.ones((3, 48), bool))
 for name, refused in {
     "device": lambda: load_model(given["models"]["llama"], device="cpu", tp=True),
     "heads": lambda: load_model(given["models"]["three"], tp=True),
+    "mixture": lambda: load_model(given["models"]["mixtral"], tp=True),
     "plan": lambda: load_model(given["models"]["plain"], tp=True),
     "ia3": lambda: load_tuned(base, given["ia3"]),
     "neurons": lambda: neurons.fits(base),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -21,18 +22,33 @@ from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.models import Model
 from pnlac_fast.passes import SHORTCUTS
 from pnlac_fast.prompts import encode
-from pnlac_fast.tensor_parallel import WHOLE, Part, agreed
+from pnlac_fast.tensor_parallel import WHOLE, Part, union
 
 RANK = Path(__file__).with_name("tensor_parallel_rank.py")
 OPTIONS: dict[str, Any] = {"sites": SITES, "tokens": ("last", "completion"), "raw": "full", "batch_tokens": 70}
-WAYS = ([], list(SHORTCUTS))  # plain, and with all shortcuts, "fuse" too, which pays off on GPUs only
+WAYS = {"plain": [], "short": list(SHORTCUTS)}  # with "fuse", which pays off on GPUs only
 
 
 class Ranks(NamedTuple):
     """What the two processes wrote."""
 
+    models: dict[str, Path]
     arrays: list[dict[str, np.ndarray]]
     said: list[dict[str, Any]]
+
+
+def _divisible(kind: str, like: Path, path: Path) -> Path:
+    """Save a random model of another architecture in the shape of a Llama, with its tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    llama = json.loads((like / "config.json").read_text())
+    own = {
+        name: llama[name] for name in llama if name.startswith(("num_", "vocab", "hidden_s", "inter", "pad_", "max_"))
+    }
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **own)).save_pretrained(path)
+    for file in like.glob("tokenizer*"):
+        shutil.copy(file, path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -45,36 +61,41 @@ def ranks(model_paths, adapter_paths, questions, tmp_path_factory: pytest.TempPa
     get_peft_model(load_model(model_paths["llama"]).hf, ia3).save_pretrained(root / "ia3")
     LlamaConfig(num_attention_heads=3, num_key_value_heads=3, hidden_size=48).save_pretrained(root / "three")
     GPT2Config().save_pretrained(root / "plain")
-    models = {**model_paths, "three": root / "three", "plain": root / "plain"}
+    fused, mixture = (_divisible(kind, model_paths["llama"], root / kind) for kind in ("phi3", "mixtral"))
+    models = {**model_paths, "three": root / "three", "plain": root / "plain", "phi3": fused, "mixtral": mixture}
     given = {
         "out": str(root),
         "models": {name: str(path) for name, path in models.items()},
         "adapters": {name: str(path) for name, path in adapter_paths.items()},
         "ia3": str(root / "ia3"),
         "questions": [asdict(q) for q in questions[:7]],
-        "shortcuts": WAYS,
+        "ways": WAYS,
         "options": OPTIONS,
     }
     (root / "given.json").write_text(json.dumps(given))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*torchrun, RANK, root / "given.json"], capture_output=True, text=True, env=environ)
+    done = subprocess.run(
+        [*torchrun, RANK, root / "given.json"], capture_output=True, text=True, env=environ, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     arrays = [dict(np.load(root / f"rank{rank}.npz")) for rank in range(2)]
-    return Ranks(arrays, [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(2)])
+    return Ranks(models, arrays, [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(2)])
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-@pytest.mark.parametrize("shortcuts", WAYS, ids=["plain", "shortcuts"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3"])
+@pytest.mark.parametrize("way", WAYS)
 def test_slices_side_by_side_are_the_sums_of_one_process(
-    model_paths, adapter_paths, questions, ranks: Ranks, kind: str, shortcuts: list[str]
+    adapter_paths, questions, ranks: Ranks, kind: str, way: str
 ) -> None:
-    base = load_model(model_paths[kind], dtype="float32", device="cpu")
-    tuned = {"t": load_tuned(base, model_paths[f"{kind}_tuned"])}
+    base = load_model(ranks.models[kind], dtype="float32", device="cpu")
+    tuned = {"t": load_tuned(base, ranks.models.get(f"{kind}_tuned", ranks.models[kind]))}
     if kind == "llama":
         tuned |= {name: load_tuned(base, path, name=name) for name, path in adapter_paths.items()}
-    whole = accumulate(base, tuned, encode(base.tokenizer, questions[:7], side="both"), shortcuts=shortcuts, **OPTIONS)
-    at = f"{kind}/{len(shortcuts)}"
+    texts = encode(base.tokenizer, questions[:7], side="both")
+    taken = [name for name in WAYS[way] if name != "fuse" or base.architecture.gated]
+    whole = accumulate(base, tuned, texts, shortcuts=taken, **OPTIONS)
+    at = f"{kind}/{way}"
 
     def check(name: str, truth: np.ndarray) -> None:
         parts = [arrays[f"{at}/{name}"] for arrays in ranks.arrays]
@@ -93,10 +114,11 @@ def test_slices_side_by_side_are_the_sums_of_one_process(
         check(f"raw/{name}/{site}", raw)
 
 
-def test_processes_take_the_same_shortcuts_and_agree(ranks: Ranks) -> None:
+def test_processes_take_the_same_shortcuts_and_units(ranks: Ranks) -> None:
     for said in ranks.said:
         assert set(said["llama/usable"]) == set(said["qwen2/usable"]) == set(SHORTCUTS) - {"fuse"}
-        assert said["agreed"] == [7, 1 << 40, 9]
+        assert said["union"] == [7, 9, 1 << 40]
+        assert said["smallest"] == 4
 
 
 @pytest.mark.parametrize(
@@ -104,6 +126,7 @@ def test_processes_take_the_same_shortcuts_and_agree(ranks: Ranks) -> None:
     [
         ("device", "leave --device out"),
         ("heads", "3 attention heads do not divide into 2"),
+        ("mixture", "is a mixture of experts"),
         ("plan", "no tensor-parallel plan for model type 'gpt2'"),
         ("ia3", "is IA3, which cannot be divided"),
         ("neurons", "load it without tp"),
@@ -135,12 +158,12 @@ def test_other_starts_than_by_torchrun_are_refused(model_paths, monkeypatch, env
 @pytest.mark.parametrize("ranks_", [1, 2, 3, 8])
 def test_parts_cover_a_layer_once(ranks_: int) -> None:
     activation = torch.arange(2 * 24).view(2, 24)
-    cut = [Part(rank, ranks_).cut("resid", activation) for rank in range(ranks_)]
+    cut = [Part(rank, ranks_).cut(activation, 24) for rank in range(ranks_)]
     assert torch.equal(torch.cat(cut, 1), activation)
-    assert Part(0, ranks_).cut("mlp_mid", activation) is activation
+    assert Part(0, ranks_).cut(activation, 48) is activation  # cut already
 
 
 def test_a_whole_model_is_one_part(llama: Model) -> None:
     assert llama.part == WHOLE
     assert llama.local_width("mlp_mid") == llama.width("mlp_mid") == 48
-    assert agreed(llama, (3, 1)) == [3, 1]
+    assert union(llama, (3, 1)) == [1, 3]
