@@ -53,8 +53,9 @@ class LocalFiles:
         """As `Files.read`; every part is read into the same memory, which stays in the cache."""
         buffer = np.empty(0, np.uint8)
         for key, wanted in groupby(parts, attrgetter("key")):
+            path = self.root / key
             try:
-                descriptor = os.open(self.root / key, os.O_RDONLY)
+                descriptor = os.open(path, os.O_RDONLY)
             except FileNotFoundError:
                 yield from (None for _ in wanted)
                 continue
@@ -65,7 +66,7 @@ class LocalFiles:
                     length = max(0, min(part.length, size - start))
                     if length > buffer.size:
                         buffer = np.empty(length, np.uint8)
-                    yield buffer[: _read_into(buffer[:length], descriptor, start)]
+                    yield buffer[: _read_into(buffer[:length], descriptor, start, path)]
             finally:
                 os.close(descriptor)
 
@@ -94,11 +95,14 @@ class StoreFiles:
         return None if found is None else found.as_numpy_array().view(np.uint8)
 
 
-def _read_into(target: Bytes, descriptor: int, start: int) -> int:
+def _read_into(target: Bytes, descriptor: int, start: int, path: Path) -> int:
     """Fill `target` from `start` on, and return how many bytes there were."""
     done = 0
     while done < target.size:
-        count = os.preadv(descriptor, [target[done:].data], start + done)
+        try:
+            count = os.preadv(descriptor, [target[done:].data], start + done)
+        except OSError as error:  # which does not say of which file
+            raise OSError(error.errno, error.strerror, str(path)) from error
         if not count:
             break
         done += count

@@ -104,9 +104,10 @@ def _pieces(
     missing_as_fill: bool,
 ) -> Iterator[_Piece]:
     """Look up where the chunks are, shard by shard in the order of the file; those left out are filled at once."""
+    grid = sharding.grid
     shards: dict[Place, list[tuple[_Run, ...]]] = {}
     for runs in wanted:
-        shard = tuple(run.chunk // count for run, count in zip(runs, sharding.grid, strict=True))
+        shard = tuple(run.chunk // count for run, count in zip(runs, grid, strict=True))
         shards.setdefault(shard, []).append(runs)
     keys = [sharding.key(shard) for shard in shards]
     tails = files.read(Part(key, None, sharding.index_bytes) for key in keys)
@@ -116,7 +117,7 @@ def _pieces(
         index = None if tail is None else read_index(tail, sharding, array, key)
         found = []
         for runs in inside:
-            place = tuple(run.chunk % count for run, count in zip(runs, sharding.grid, strict=True))
+            place = tuple(run.chunk % count for run, count in zip(runs, grid, strict=True))
             start, length = (LEFT_OUT, LEFT_OUT) if index is None else map(int, index[place])
             if start == length == LEFT_OUT:
                 numbers[tuple(run.result for run in runs)] = np.nan

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import itertools
 import json
+import os
 import pickle
 import struct
 from collections.abc import Iterable, Iterator
@@ -300,3 +302,22 @@ def test_metadata_of_something_else_is_refused(single):
     huge["codecs"][0]["configuration"]["chunk_shape"] = [1, 1]
     with pytest.raises(ShardError, match="shorter than its index"):
         read(single._replace(sharding=parse_sharding(huge, "activation")), 0, 0)
+
+
+def test_a_disk_that_cannot_read_says_which_file(array, monkeypatch):
+    def failing(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(OSError, match=r"Input/output error: .*c\.0\.0\.0"):
+        read(array, 0, 0, 0)
+
+
+def test_a_disk_that_gives_less_at_once_is_asked_again(array, monkeypatch):
+    preadv, write = os.preadv, os.write
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: preadv(fd, [buffers[0][:7]], offset))
+    np.testing.assert_array_equal(read(array, *EVERYTHING), array.values)
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
+    values = to_stored(array.values[:2, :8, :10], array.sharding.dtype)
+    write_pieces(array.path / "other", shard_pieces(values, SHARD, CHUNK, array.sharding.dtype))
+    assert (array.path / "other").read_bytes() == encode_shard(values, SHARD, CHUNK, array.sharding.dtype)
