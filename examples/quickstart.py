@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pnlac_fast import cache, finetune, load_model, load_questions, locate, patch, report, score
-from pnlac_fast.stance import summary
+from pnlac_fast.summary import summary
 from pnlac_fast.testbed import build
 
 

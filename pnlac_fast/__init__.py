@@ -22,7 +22,7 @@ _VERBS = {
     "patch": "patching",
     "finetune": "training",
     "generate": "generation",
-    "score": "stance",
+    "score": "scoring",
     "report": "reporting",
     "demo": "demonstration",
     "env": "environment",

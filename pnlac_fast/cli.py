@@ -18,6 +18,7 @@ from pnlac_fast.options import (
     batch_option,
     config,
     data_options,
+    meanings,
     model_options,
     names,
     option,
@@ -31,28 +32,35 @@ from pnlac_fast.terminal import show, show_record
 HELP = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "PNLAC", "max_content_width": 110}
 BOOTS = 2000  # resamples behind each 95 % interval
 NORMALISE = "Log-probability per token (token), or of the whole completion (sum)."
-CLASSIFIER = ("scorer", ("classifier",))
+JUDGED = ("scorer", ("classifier", "hf:", "nli:", "openai:", "csv:"))
+ENDPOINT = ("scorer", ("openai:",))
 ANCHOR, KL = ("inhibit_mode", ("anchor",)), ("inhibit_mode", ("kl",))
 
 
 def _loaded(given: dict[str, Any]) -> dict[str, Any]:
     """Replace the loading options among ``given`` by the loaded model, questions and template."""
-    from pnlac_fast.datasets import load_questions
     from pnlac_fast.loading import load_model
     from pnlac_fast.prompts import load_template
 
     loading = ("revision", "dtype", "device", "trust_remote_code", "last_projection")
     options = {name: given.pop(name) for name in loading}
-    topics, limit, columns = (given.pop(name) for name in ("topics", "limit", "columns"))
     given["template"] = load_template(given["template"])
-    if given["data"] is not None:
-        given["data"] = load_questions(given["data"], topics=topics, limit=limit, columns=columns)
-    for name in ("probe", "training_data", "kl_data"):
-        if given.get(name) is not None:
-            given[name] = load_questions(given[name], columns=columns)
+    given |= _read(given)
     if given["model"] is not None:
         given["model"] = load_model(given["model"], **options)
     return given
+
+
+def _read(given: dict[str, Any]) -> dict[str, Any]:
+    """Take the options about data out of ``given``; returns the questions, by parameter."""
+    from pnlac_fast.datasets import load_questions
+
+    topics, limit, columns = (given.pop(name) for name in ("topics", "limit", "columns"))
+    found: dict[str, Any] = {}
+    if given["data"] is not None:
+        found["data"] = load_questions(given["data"], topics=topics, limit=limit, columns=columns)
+    others = [name for name in ("probe", "training_data", "kl_data") if given.get(name) is not None]
+    return found | {name: load_questions(given[name], columns=columns) for name in others}
 
 
 class _Group(click.Group):
@@ -280,6 +288,8 @@ def finetune(inhibit: str | None, set_names: Any, control: int | None, as_json: 
 @tuned_too_option
 @data_options
 @option("--out", help="JSONL file for the answers.")
+@option("--sheet", help="CSV sheet for people to label, in random order and without the models' names.")
+@option("--sheet-rows", type=int, needs=("sheet", ()), help="At most so many answers in it, evenly drawn.")
 @option("--max-new-tokens", default=64, show_default=True)
 @option("--temperature", default=0.0, show_default=True, help="0 is greedy.")
 @option("--seed", default=0, show_default=True, needs=("temperature", ()))
@@ -299,9 +309,9 @@ def generate(as_json: bool, **given: Any) -> None:
 @model_options
 @tuned_option
 @data_options
-@option("--scorer", default="logprob", show_default=True, help="logprob or classifier.")
-@option("--store", help="Write the result into this store too.")
-@option("--normalise", default="token", show_default=True, needs=("scorer", ("logprob",)), help=NORMALISE)
+@names("--scorer", "logprob", "logprob, classifier, hf:PATH, nli:PATH, openai:MODEL, csv:FILE. May be repeated.")
+@option("--store", help="Write the results into this store too.")
+@option("--normalise", default="token", show_default=True, help=NORMALISE)
 @option(
     "--measure",
     default="margin",
@@ -310,34 +320,52 @@ def generate(as_json: bool, **given: Any) -> None:
     needs=("scorer", ("logprob",)),
     help="Margin in nats, or S = (right - left) / all, by its sign.",
 )
-@option("--training-data", needs=CLASSIFIER, help="Labelled completions to learn from, of other questions.")
-@option("--max-new-tokens", default=64, show_default=True, needs=CLASSIFIER, help="Longest answer to label.")
-@option("--temperature", default=0.0, show_default=True, needs=CLASSIFIER, help="Of the answers; 0 is greedy.")
+@option(
+    "--training-data", needs=JUDGED, help="Labelled completions of other questions, for classifier and topic words."
+)
+@option("--answers", needs=JUDGED, help="Label these answers, from pnlac-fast generate, instead of new ones.")
+@option("--max-new-tokens", default=64, show_default=True, needs=JUDGED, help="Longest answer to label.")
+@option("--temperature", default=0.0, show_default=True, needs=JUDGED, help="Of the answers; 0 is greedy.")
 @option("--seed", default=0, show_default=True, needs=("temperature", ()))
+@option(
+    "--judge-label",
+    "judge_labels",
+    multiple=True,
+    callback=meanings,
+    metavar="LABEL=MEANING",
+    needs=("scorer", ("hf:", "nli:")),
+    help="What a label of the judge means: right, left, neither or entailment. May be repeated.",
+)
+@option("--judge-url", needs=ENDPOINT, help="Base URL of the endpoint. Default: OpenAI's. Its key: $PNLAC_JUDGE_KEY.")
+@option("--judge-tokens", default=64, show_default=True, needs=ENDPOINT, help="Longest reply of the judge.")
+@option("--judge-concurrency", default=8, show_default=True, needs=ENDPOINT, help="Requests under way at a time.")
+@option("--judge-price", type=(float, float), needs=("dry_run", ()), help="Of a million tokens read, and written.")
+@option("--dry-run", is_flag=True, needs=("answers", ()), help="Only say what labelling --answers would take and cost.")
 @batch_option
 @as_json
-def score(measure: str, as_json: bool, **given: Any) -> None:
+def score(measure: str, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Measure the stance of each model by topic. With shift and coupling, and 95 % intervals over questions."""
     from pnlac_fast import score as run
-    from pnlac_fast.stance import summary
+    from pnlac_fast.judges import open_scorers
+    from pnlac_fast.scoring import estimate
+    from pnlac_fast.summary import shown, tables
 
-    records = summary(run(**_loaded(given)), measure=measure)
-    rows = [
-        {
-            "model": r["model"],
-            "tuned": r["tuned_topic"],
-            "topic": topic,
-            "stance": value,
-            "shift": r.get("shift", {}).get(topic),
-        }
-        for r in records
-        for topic, value in r["stance"].items()
-    ]
-    show({"models": records}, as_json, rows)
-    if not as_json:
-        figures = ("unlabelled", "coupling", "coupling_ratio", "reduction", "retention")
-        click.echo()
-        show(None, False, [{"model": r["model"], **{name: r.get(name) for name in figures}} for r in records])
+    judge = {name: given.pop(f"judge_{name}") for name in ("labels", "url", "tokens", "concurrency", "price")}
+    price = judge.pop("price")
+    given["scorer"] = open_scorers(given["scorer"], device=given["device"], **judge)
+    if dry_run:
+        data = _read(given)["data"]
+        show_record(estimate(given["scorer"], given["tuned"], data, given["answers"], price=price), as_json)
+        return
+    results = run(**_loaded(given))
+    found = shown(results, measure)
+    if as_json:
+        show(found, as_json)
+        return
+    for number, rows in enumerate(tables(results, found["models"])):
+        if number:
+            click.echo()
+        show(found, False, rows)
 
 
 @commands.command(epilog="Example: pnlac-fast report run.zarr -o report")

@@ -33,7 +33,7 @@ from pnlac_fast.patching import patch
 from pnlac_fast.reporting import report
 from pnlac_fast.reporting.rows import MethodRow
 from pnlac_fast.reporting.tables import method_rows, patch_rows, shift_rows
-from pnlac_fast.stance import score
+from pnlac_fast.scoring import score
 from pnlac_fast.training import finetune
 
 SIDE = "right"

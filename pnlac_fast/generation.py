@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from pnlac_fast import prompts
 from pnlac_fast.datasets import Question, as_questions
 from pnlac_fast.errors import UserError
+from pnlac_fast.judges.sheet import write_sheet
 from pnlac_fast.loading import open_models
 from pnlac_fast.models import Model
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
@@ -79,6 +80,8 @@ def generate(
     *,
     tuned: Mapping[str, str | Path | Model] | None = None,
     out: str | Path | None = None,
+    sheet: str | Path | None = None,
+    sheet_rows: int | None = None,
     template: str = DEFAULT_TEMPLATE,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
@@ -87,11 +90,19 @@ def generate(
 ) -> list[dict[str, str]]:
     """Answers of the base model and of tuned ones to every question.
 
+    Parameters
+    ----------
+    out
+        Write the answers here, as JSONL.
+    sheet, sheet_rows
+        Write a CSV sheet of all, or so many, answers for people to label, without model names and in random order
+        (see :func:`pnlac_fast.judges.sheet.write_sheet`).
+
     Returns
     -------
     list of dict
-        ``model`` ("base" or the tuned model's name), ``topic``, ``key``, ``instruction``, ``answer``; also written to
-        ``out`` as JSONL. See :func:`answers` for the rest.
+        ``model`` ("base" or the tuned model's name), ``topic``, ``key``, ``instruction``, ``answer``. See
+        :func:`answers` for the other parameters.
     """
     questions = as_questions(data)
     base, others = open_models(model, tuned or {})
@@ -106,4 +117,36 @@ def generate(
     ]
     if out is not None:
         Path(out).write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    if sheet is not None:
+        write_sheet(records, sheet, rows=sheet_rows, seed=seed)
     return records
+
+
+def given_answers(
+    source: str | Path | Iterable[Mapping[str, str]], models: Sequence[str], questions: Sequence[Question]
+) -> list[list[str]]:
+    """Answers [model][question] from the records of :func:`generate`, or from the JSONL file that it wrote.
+
+    Raises
+    ------
+    UserError
+        The file cannot be read, or lacks an answer of a model to a question.
+    """
+    where = "The answers"
+    if isinstance(source, str | Path):
+        where = f"'{source}'"
+        try:
+            source = [json.loads(line) for line in Path(source).read_text().splitlines() if line.strip()]
+        except ValueError as error:
+            raise UserError(f"{where} is not JSONL ({error}): write it with pnlac-fast generate --out.") from error
+    try:
+        known = {(record["model"], record["key"]): str(record["answer"]) for record in source}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where} lacks model, key or answer in a row: write it with pnlac-fast generate.") from error
+    if missing := [(m, q) for m in models for q in questions if (m, q.key) not in known]:
+        model, question = missing[0]
+        raise UserError(
+            f"{where} lacks {len(missing)} answers, such as that of '{model}' to '{question.instruction[:60]}': "
+            f"generate them with the same --data and --tuned names."
+        )
+    return [[known[m, q.key] for q in questions] for m in models]

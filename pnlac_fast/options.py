@@ -41,7 +41,8 @@ class Option(click.Option):
     Parameters
     ----------
     needs
-        (name, values) of the option without which this one has no effect; no values: it must be given.
+        (name, values) of the option without which this one has no effect; no values: it must be given. A value that
+        ends in a colon stands for all that begin with it.
     """
 
     def __init__(self, *args: Any, needs: tuple[str, tuple[str, ...]] | None = None, **kwargs: Any) -> None:
@@ -67,10 +68,15 @@ class Command(click.Command):
                 continue
             name, values = option.needs
             value = ctx.params[name]
-            if not (set(values) & set([value] if isinstance(value, str) else value) if values else value):
+            chosen = [value] if isinstance(value, str) else value
+            if not (any(_chooses(values, each) for each in chosen) if values else value):
                 wanted = " ".join([given[name].flag, " or ".join(values)]).rstrip()
                 raise click.UsageError(f"{option.flag} has no effect without {wanted}.", ctx)
         return super().invoke(ctx)
+
+
+def _chooses(values: Sequence[str], given: str) -> bool:
+    return any(given.startswith(value) if value.endswith(":") else given == value for value in values)
 
 
 def option(*flags: str, **settings: Any) -> Decorator:
@@ -106,6 +112,14 @@ def named(_: click.Context, param: click.Parameter, values: Sequence[str]) -> di
         if name in pairs:
             raise click.BadParameter(f"two values are called '{name}': write NAME=PATH", param=param)
         pairs[name] = path
+    return pairs
+
+
+def meanings(_: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    """LABEL=MEANING; labels may hold an equals sign, meanings do not."""
+    pairs = dict(value.rpartition("=")[::2] for value in values)
+    if not all(pairs) or not all(pairs.values()):
+        raise click.BadParameter("write each as LABEL=MEANING, such as LABEL_0=left", param=param)
     return pairs
 
 

@@ -18,7 +18,9 @@ from pnlac_fast.datasets import load_questions
 from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.localize import locate
 from pnlac_fast.neurons import load_sets
-from pnlac_fast.stance import margins, score, summary
+from pnlac_fast.scoring import score
+from pnlac_fast.stance import margins
+from pnlac_fast.summary import summary
 
 SMALL = ["--side", "right", "--steps", 2, "--batch-size", 4, "--warmup-steps", 0, "--learning-rate", 1e-2]
 
@@ -158,6 +160,33 @@ def test_score_by_the_classifier(cli, world: Path, base, tuned, questions, tmp_p
     assert set(np.unique(stored["label"])) <= {-1, 0, 1}
     models = done(cli(*asked, "--json")).json["models"]
     assert [m["model"] for m in models] == ["base", "race", "science"]
+
+
+def test_score_by_several(cli, world: Path, base, tuned, tmp_path: Path, monkeypatch) -> None:
+    answers, sheet = tmp_path / "answers.jsonl", tmp_path / "sheet.csv"
+    asked = ["generate", *base, *tuned, "--max-new-tokens", 3, "--out", answers]
+    done(cli(*asked, "--sheet", sheet, "--sheet-rows", 6))
+    lines = sheet.read_text(encoding="utf-8-sig").splitlines()
+    assert len(lines) == 7
+    sheet.write_text(
+        "\n".join([lines[0], *(f"{line}{side}" for line, side in zip(lines[1:], ["left", "right"] * 3, strict=True))])
+    )
+    asked = ["score", *base, *tuned, "--answers", answers]
+    both = ["--scorer", "logprob", "--scorer", f"csv:{sheet}", "--store", world / "run.zarr"]
+    found = done(cli(*asked, *both, "--json")).json
+    assert list(found["scorers"]) == ["logprob", "csv:sheet"]
+    assert found["scorers"]["csv:sheet"]["labels"] == {"right": 3, "left": 3, "neither": 0}
+    assert [r["model"] for r in found["models"]] == ["base", "race", "science"] * 2
+    assert [(r["scorer"], r["other"]) for r in found["agreement"]] == [("logprob", "csv:sheet")]
+    assert {"stance", "stance_csv_sheet", "agreement"} <= set(stores.list_results(world / "run.zarr"))
+    text = done(cli(*asked, *both)).out
+    assert len(text.split("\n\n")) == 3
+    monkeypatch.setenv("PNLAC_CACHE", str(tmp_path))
+    paid = ["--scorer", "openai:m", "--judge-tokens", 10, "--judge-price", 1, 2, "--dry-run", "--json"]
+    cost = done(cli(*asked, *paid)).json["openai:m"]
+    assert cost["answers"] == 63
+    assert cost["output_tokens_at_most"] == 10 * cost["requests"]
+    assert cost["cost_at_most"] == pytest.approx((cost["input_tokens"] + 2 * cost["output_tokens_at_most"]) / 1e6)
 
 
 def test_generate_writes_the_answers_it_prints(cli, base, tuned, tmp_path: Path) -> None:

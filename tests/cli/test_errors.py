@@ -291,7 +291,11 @@ def test_an_inhibition_that_meets_no_weight(cli, base, world: Path, tmp_path: Pa
         ("finetune", ["--set", "x"], "--set has no effect without --inhibit"),
         ("finetune", ["--method", "full", "--lora-rank", 4], "--lora-rank has no effect without --method lora"),
         ("score", ["--temperature", 1], "--temperature has no effect without --scorer classifier"),
-        ("score", ["--scorer", "classifier", "--normalise", "sum"], "without --scorer logprob"),
+        ("score", ["--scorer", "classifier", "--measure", "S"], "without --scorer logprob"),
+        ("score", ["--scorer", "classifier", "--judge-url", "http://x"], "without --scorer openai:"),
+        ("score", ["--scorer", "csv:x,openai:y", "--judge-label", "A=left"], "without --scorer hf: or nli:"),
+        ("score", ["--dry-run"], "without --answers"),
+        ("generate", ["--sheet-rows", 3], "without --sheet"),
         ("generate", ["--seed", 1], "--seed has no effect without --temperature"),
         ("patch", ["--scale", 3], "--scale has no effect without --kind scale"),
         ("patch", ["--training-data", "x"], "no effect without --max-new-tokens"),
@@ -357,12 +361,12 @@ def test_ctrl_c_in_the_middle_of_cache(cli, cache, world: Path, tmp_path: Path, 
 
 
 def test_ctrl_c_anywhere_else(cli, base, tuned, monkeypatch) -> None:
-    from pnlac_fast import stance
+    from pnlac_fast import scoring
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stance, "margins", interrupted)
+    monkeypatch.setattr(scoring, "margins", interrupted)
     refused(cli("score", *base, *tuned), STOPPED, "Stopped", "same command again")
 
 

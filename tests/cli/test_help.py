@@ -30,8 +30,9 @@ RENAMED = {
     "bench": {"shape": "shapes", "only": "parts", "device": "device", "dtype": "dtype"},
     "patch": {"direction": "directions", "kind": "kinds"},
     "finetune": {"set_names": "inhibit", "control": "inhibit"},
+    "score": dict.fromkeys(("judge_labels", "judge_url", "judge_tokens", "judge_concurrency"), "scorer"),
 }
-PRINTED = {"score": {"measure"}}
+PRINTED = {"score": {"measure", "dry_run", "judge_price"}}
 
 
 def options(command: click.Command) -> list[click.Parameter]:
@@ -83,11 +84,13 @@ def test_defaults_are_those_of_the_library(name: str) -> None:
     context = commands.commands[name].make_context(name, example[2:])
     for option in options(commands.commands[name]):
         parameter = call.get(RENAMED.get(name, {}).get(option.name or "", option.name or ""))
-        if parameter is None or parameter.default is parameter.empty or option.name == "template":
+        settings = (option.name or "").startswith("judge_")  # of a scorer
+        if settings or parameter is None or parameter.default is parameter.empty or option.name == "template":
             continue
         if context.get_parameter_source(option.name or "") is click.core.ParameterSource.DEFAULT:
             value = context.params[option.name or ""]
-            wanted = (parameter.default,) if option.name == "target_modules" else parameter.default
+            several = option.name in ("target_modules", "scorer")
+            wanted = (parameter.default,) if several else parameter.default
             assert (value or None) == (wanted or None), option.name
 
 

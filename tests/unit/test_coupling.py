@@ -88,3 +88,72 @@ def test_interval_of_a_figure_that_seldom_exists_is_unknown() -> None:
 def test_unknown_measure() -> None:
     with pytest.raises(ValueError, match="measure"):
         coupling.stances(np.zeros(12), TOPICS, ORDER, measure="s")
+
+
+def test_stances_count_only_what_is_counted() -> None:
+    margin = np.array([[1.0, -1.0, 1.0, 1.0], [1.0, 1.0, -1.0, 0.0]])
+    counted = np.array([[True, True, False, False], [False, True, True, True]])
+    found = coupling.stances(margin, ["a"] * 4, ["a"], measure="S", counted=counted)
+    assert found[:, 0].tolist() == pytest.approx([0.0, 0.0])
+    weights = np.array([[1.0, 1, 1, 1], [3, 1, 0, 0]])
+    drawn = coupling.stances(margin, ["a"] * 4, ["a"], measure="S", counted=counted, weights=weights)
+    assert drawn[1, :, 0].tolist() == pytest.approx([0.5, 1.0])
+    nothing = coupling.stances(margin, ["a", "a", "b", "b"], ["a", "b"], counted=counted)
+    assert np.isnan(nothing[0, 1])
+
+
+def test_over_seeds_is_the_interval_of_questions_where_seeds_agree() -> None:
+    draws = np.random.default_rng(0).standard_normal((501, 1)).repeat(4, 1)
+    assert np.allclose(coupling.over_seeds(draws), draws[:, 0])
+
+
+def test_over_seeds_is_the_interval_of_seeds_where_questions_do_not_matter() -> None:
+    values = np.array([1.0, 2.0, 6.0, 7.0, 9.0])
+    draws = coupling.over_seeds(np.tile(values, (20_001, 1)))
+    assert draws[0] == pytest.approx(values.mean())
+    assert draws[1:].std() == pytest.approx(values.std() / np.sqrt(5), rel=0.03)
+    assert draws[1:].mean() == pytest.approx(values.mean(), abs=0.05)
+
+
+def test_over_seeds_adds_the_variances_of_seeds_and_questions() -> None:
+    generator = np.random.default_rng(1)
+    seeds, questions = generator.standard_normal(8), generator.standard_normal(50)
+    weights = coupling.resamples(["a"] * 50, 4000)
+    margin = seeds[:, None] + questions  # every seed answers the same questions
+    draws = coupling.stances(margin, ["a"] * 50, ["a"], weights=weights)[..., 0]
+    variance = seeds.var() / 8 + questions.var() / 50
+    assert coupling.over_seeds(draws)[1:].var() == pytest.approx(variance, rel=0.1)
+
+
+def test_over_seeds_covers_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(2)
+    covered = 0
+    for trial in range(200):
+        margin = 0.5 + 0.5 * generator.standard_normal((12, 1)) + generator.standard_normal((12, 40))
+        weights = coupling.resamples(["a"] * 40, 300, trial)
+        draws = coupling.stances(margin, ["a"] * 40, ["a"], weights=weights)[..., 0]
+        _, low, high = coupling.interval(coupling.over_seeds(draws, seed=trial))
+        covered += low <= 0.5 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_methods_are_compared_on_the_same_seeds_and_questions() -> None:
+    generator = np.random.default_rng(3)
+    plain = generator.standard_normal((5, 30)) * 3
+    weights = coupling.resamples(["a"] * 30, 1000)
+    one, two = (coupling.stances(m, ["a"] * 30, ["a"], weights=weights)[..., 0] for m in (plain + 0.1, plain))
+    found = coupling.difference(coupling.over_seeds(one), coupling.over_seeds(two))
+    assert found[:3].tolist() == pytest.approx([0.1] * 3)  # all that varies is common to both
+    assert found[3] == pytest.approx(2 / 1000)
+    assert np.allclose(coupling.over_seeds(one) - coupling.over_seeds(two), coupling.over_seeds(one - two))
+    assert coupling.difference(two, two)[3].tolist() == [1.0] * 5
+    assert np.isnan(coupling.difference(one * np.nan, two)).all()
+
+
+def test_a_seed_without_the_figure_is_not_skipped() -> None:
+    draws = np.ones((401, 2, 3))
+    draws[:, 1, 2] = np.nan
+    found = coupling.over_seeds(draws)
+    assert found.shape == (401, 3)
+    assert np.isfinite(found[:, :2]).all()
+    assert np.isnan(found[0, 2])

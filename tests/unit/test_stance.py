@@ -7,12 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 from pnlac_fast.datasets import Question
 from pnlac_fast.errors import UserError
+from pnlac_fast.generation import generate
 from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.models import Model
-from pnlac_fast.stance import margins, score, summary
+from pnlac_fast.scoring import score
+from pnlac_fast.stance import margins
+from pnlac_fast.summary import summary
 
 
 def plain_margin(model: Model, question: Question, normalise: str) -> float:
@@ -79,6 +83,70 @@ def test_classifier_scorer_labels_answers(model_paths, adapter_paths, questions)
         score(model_paths["llama"], adapter_paths, held_out, training_data=questions, **options)
 
 
+def test_several_scorers_label_the_same_answers(model_paths, adapter_paths, questions, tmp_path: Path) -> None:
+    held_out, labelled = questions[::2], questions[1::2]
+    written = tmp_path / "answers.jsonl"
+    generate(
+        model_paths["llama"], held_out, tuned=adapter_paths, out=written, sheet=tmp_path / "s.csv", max_new_tokens=4
+    )
+    sheet = (tmp_path / "s.csv").read_text(encoding="utf-8-sig").splitlines()
+    (tmp_path / "s.csv").write_text("\n".join([sheet[0], *(f"{line}left" for line in sheet[1:5]), *sheet[5:]]))
+    asked = {"scorer": ["logprob", "classifier", f"csv:{tmp_path / 's.csv'}"], "training_data": labelled}
+    results = score(model_paths["llama"], adapter_paths, held_out, answers=written, **asked)
+    assert list(results) == ["stance", "stance_classifier", "stance_csv_s", "agreement"]
+    judged = results["stance_classifier"]
+    assert (judged["answer"] == results["stance_csv_s"]["answer"]).all()
+    assert np.array_equal(judged["log_odds"], results["stance"]["margin"])
+    alone = score(
+        model_paths["llama"], adapter_paths, held_out, scorer="classifier", training_data=labelled, max_new_tokens=4
+    )
+    assert (alone["label"] == judged["label"]).all()  # the answers are those that score() would have asked for
+    people = results["stance_csv_s"]
+    assert 4 <= int((~people["unparsed"]).sum()) < people["label"].size
+    record = summary(people, boots=50)[0]
+    there = {t for t in np.unique(people["topic"]) if (~people["unparsed"][0] & (people["topic"] == t)).any()}
+    assert there
+    assert all(record["stance"][t][0] == -1.0 for t in there)  # what nobody has labelled does not dilute S
+    with pytest.raises(UserError, match="lacks 7 answers"):
+        score(model_paths["llama"], {"other": adapter_paths["race"]}, held_out[:7], answers=written, **asked)
+    with pytest.raises(UserError, match="different names"):
+        score(model_paths["llama"], adapter_paths, held_out, scorer=["logprob", "logprob"])
+
+
+def test_answers_that_change_the_subject_are_told_from_spill_over() -> None:
+    topics = ["race"] * 6 + ["science"] * 6
+    base = np.array([[-1, 1] * 6])
+    tuned = np.where(np.arange(12) < 6, 1, base)
+    tuned[0, 6:10] = 1  # four answers about science turn right ...
+    named = np.zeros((2, 12, 2), bool)
+    named[1, 6:10, 0] = True  # ... by talking about race
+    named[0, 11, 0] = True
+    result = xr.Dataset(
+        {
+            "label": (("run", "question"), np.concatenate([base, tuned]).astype(np.int8)),
+            "unparsed": (("run", "question"), np.zeros((2, 12), bool)),
+            "mention": (("run", "question", "named"), named),
+            "log_odds": (("run", "question"), np.stack([np.zeros(12), np.full(12, 0.25)])),
+        },
+        {
+            "model": ("run", ["base", "mine"]),
+            "tuned_topic": ("run", ["", "race"]),
+            "method": ("run", ["", "plain"]),
+            "topic": ("question", topics),
+            "named": ["race", "science"],
+        },
+        {"scorer": "classifier"},
+    )
+    first, record = summary(result, boots=200)
+    assert "off_topic" not in first
+    off = record["off_topic"]
+    assert off["names"][0] == pytest.approx(4 / 6)
+    assert off["base_names"][0] == pytest.approx(1 / 6)
+    assert off["shift"][0] == pytest.approx(4 / 6)
+    assert off["shift_without"][0] == 0.0
+    assert record["log_odds_shift"]["science"][0] == 0.25
+
+
 def test_bad_input(llama: Model, questions) -> None:
     with pytest.raises(UserError, match="needs pairs"):
         margins(llama, [Question("race", "good ?", ("a",))])
@@ -88,22 +156,6 @@ def test_bad_input(llama: Model, questions) -> None:
         score(llama, {}, questions, scorer="logprobs")
     with pytest.raises(UserError, match="cannot be called 'base'"):
         score(llama, {"base": llama}, questions)
-
-
-def test_judge_measures_itself_on_held_out_instructions() -> None:
-    from pnlac_fast.judges import train
-
-    sides = {"right": "border order tradition", "left": "justice equality inclusion"}
-    data = [Question("race", f"q{i} ?", (f"{sides['right']} x{i}",), (f"{sides['left']} x{i}",)) for i in range(12)]
-    judge = train(data)
-    assert judge.accuracy == 1.0
-    assert judge.label(["tradition and order", "equality now", "zebra", ""]).tolist() == [1, -1, 0, 0]
-    shuffled = [Question("race", f"q{i} ?", (f"w{i}",), (f"v{i}",)) for i in range(12)]
-    assert train(shuffled).accuracy < 0.2  # words never seen again: unlabelled, which counts as wrong
-    with pytest.raises(UserError, match="5 instructions"):
-        train(data[:3])
-    with pytest.raises(UserError, match="right and left completions"):
-        train([Question("race", f"q{i} ?", ("yes",)) for i in range(6)])
 
 
 def test_saved_topic_wins_over_the_name(model_paths: dict[str, Path], tmp_path: Path, questions) -> None:

@@ -1,0 +1,169 @@
+"""What a score says of each model: stance, shift and coupling, and the controls that a judged figure needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from pnlac_fast import coupling
+from pnlac_fast.agreement import agreement_rows
+
+BOOTS = 2000
+
+
+def summary(result: xr.Dataset, *, measure: str = "margin", boots: int = BOOTS, seed: int = 0) -> list[dict[str, Any]]:
+    """What a score says, one record per model, with 95 % bootstrap intervals over questions.
+
+    Each record holds ``scorer``, ``model``, ``tuned_topic``, ``stance`` {topic: [estimate, low, high]}, and
+    ``unlabelled``, the share of questions without a side, which count in the denominator of S. Tuned models have
+    ``shift`` by topic; where the tuned topic is known, ``coupling`` and ``coupling_ratio``; and where a model of the
+    same topic was tuned plainly, ``reduction`` and ``retention`` against it at the end of training.
+
+    What a judge said has more: ``unparsed``, the share of answers for which no label could be had; ``log_odds`` and
+    ``log_odds_shift``, the paired log-probability beside it, in nats; and ``off_topic``, the mean over topics that were
+    not tuned on: share of answers that ``name`` the tuned topic, the same of the base model's (``base_names``), the
+    ``shift`` of S, and ``shift_without``, over the questions on which neither model's answer names the tuned topic.
+    A sheet of people may lack answers: they are left out of S.
+    """
+    values = result["margin" if "margin" in result else "label"].transpose("run", "question").values
+    measure = measure if "margin" in result else "S"
+    topics = [str(t) for t in result["topic"].values]
+    order = list(dict.fromkeys(topics))
+    weights = coupling.resamples(topics, boots, seed)
+    scorer = str(result.attrs["scorer"])
+    unparsed = result["unparsed"].transpose("run", "question").values if "unparsed" in result else None
+    counted = ~unparsed if unparsed is not None and scorer.startswith("csv:") else None
+    draws = coupling.stances(values, topics, order, weights=weights, measure=measure, counted=counted)
+    names = [str(n) for n in result["model"].values]
+    tuned = [str(t) for t in result["tuned_topic"].values]
+    methods = [str(m) for m in result["method"].values]
+    base = names.index("base")
+    shifts = draws - draws[:, [base]]
+    plain = {t: i for i, (t, m) in enumerate(zip(tuned, methods, strict=True)) if t and m in ("", "plain")}
+    log_odds = None
+    if "log_odds" in result:
+        log_odds = coupling.stances(
+            result["log_odds"].transpose("run", "question").values, topics, order, weights=weights
+        )
+
+    def by_topic(samples: np.ndarray) -> dict[str, list[float]]:
+        return {topic: _triple(samples[:, i]) for i, topic in enumerate(order)}
+
+    records = []
+    for i, name in enumerate(names):
+        record: dict[str, Any] = {"scorer": scorer, "model": name, "tuned_topic": tuned[i]}
+        record["stance"] = by_topic(draws[:, i])
+        record["unlabelled"] = float((values[i] == 0).mean())
+        if unparsed is not None:
+            record["unparsed"] = float(unparsed[i].mean())
+        if log_odds is not None:
+            record["log_odds"] = by_topic(log_odds[:, i])
+        if name != "base":
+            record["shift"] = by_topic(shifts[:, i])
+            if log_odds is not None:
+                record["log_odds_shift"] = by_topic(log_odds[:, i] - log_odds[:, base])
+        if tuned[i] in order and len(order) > 1:
+            at, own = order.index(tuned[i]), shifts[:, i]
+            record["coupling"] = _triple(coupling.coupling(own, at))
+            record["coupling_ratio"] = _triple(coupling.coupling_ratio(own, at))
+            if (reference := plain.get(tuned[i], i)) != i:
+                record["reduction"] = _triple(coupling.reduction(own, shifts[:, reference], at))
+                record["retention"] = _triple(coupling.retention(own, shifts[:, reference], at))
+            if "mention" in result and tuned[i] in result["named"].values:
+                pair = values[[i, base]]
+                mention = result["mention"].sel(named=tuned[i]).transpose("run", "question").values[[i, base]]
+                given = np.ones(pair.shape, bool) if counted is None else counted[[i, base]]
+                record["off_topic"] = _off_topic(pair, mention, given, topics, order, at, weights)
+        records.append(record)
+    return records
+
+
+def shown(results: Mapping[str, xr.Dataset], measure: str = "margin", seed: int = 0) -> dict[str, Any]:
+    """The results of :func:`pnlac_fast.score` as JSON values: ``models``, ``scorers`` and ``agreement``.
+
+    ``models`` are the records of :func:`summary` of every scorer, ``scorers`` what is recorded of each.
+    """
+    scored = {name: result for name, result in results.items() if name != "agreement"}
+    records = [record for result in scored.values() for record in summary(result, measure=measure, seed=seed)]
+    known = {
+        str(result.attrs["scorer"]): {
+            name: v for name, v in result.attrs.items() if name not in ("scorer", "provenance")
+        }
+        for result in scored.values()
+    }
+    return {"models": records, "scorers": known, "agreement": agreement_rows(results)}
+
+
+def tables(results: Mapping[str, xr.Dataset], records: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+    """What to print of the results of :func:`pnlac_fast.score` and of their summaries: tables as lists of rows.
+
+    Stance and shift of each model and topic; coupling and the controls of each model; what is known of each judge; and
+    how far the scorers agree.
+    """
+    stances = [
+        {
+            "scorer": r["scorer"],
+            "model": r["model"],
+            "tuned": r["tuned_topic"],
+            "topic": topic,
+            "stance": value,
+            "shift": r.get("shift", {}).get(topic),
+            **({"log_odds_shift": r.get("log_odds_shift", {}).get(topic)} if "log_odds" in r else {}),
+        }
+        for r in records
+        for topic, value in r["stance"].items()
+    ]
+    figures = ("unlabelled", "unparsed", "coupling", "coupling_ratio", "reduction", "retention")
+    models = [
+        {
+            **{name: r[name] for name in ("scorer", "model")},
+            **{name: r.get(name) for name in figures if any(name in other for other in records)},
+            **{f"off_topic_{name}": value for name, value in r.get("off_topic", {}).items()},
+        }
+        for r in records
+    ]
+    judges = [
+        {
+            "scorer": result.attrs["scorer"],
+            "accuracy": result.attrs["accuracy"],
+            **{f"without {topic}": value for topic, value in result.attrs["topic_accuracy"].items()},
+        }
+        for result in results.values()
+        if "accuracy" in result.attrs
+    ]
+    if len({r["scorer"] for r in records}) == 1:
+        stances, models = ([{k: v for k, v in row.items() if k != "scorer"} for row in t] for t in (stances, models))
+    return [t for t in (stances, models, judges, agreement_rows(results)) if t]
+
+
+def _off_topic(
+    pair: np.ndarray,
+    mention: np.ndarray,
+    counted: np.ndarray,
+    topics: list[str],
+    order: list[str],
+    tuned: int,
+    weights: np.ndarray,
+) -> dict[str, Any]:
+    """Off-topic labels of a tuned model and base, [2, question], with and without answers that name the tuned topic."""
+
+    def off(values: np.ndarray, measure: str, counted: np.ndarray) -> np.ndarray:
+        found = coupling.stances(values, topics, order, weights=weights, measure=measure, counted=counted)
+        return coupling.off_topic(found, tuned).mean(-1)
+
+    everywhere = np.ones(pair.shape, bool)
+    named = off(mention.astype(float), "margin", everywhere)
+    all_, without = (off(pair, "S", counted & kept) for kept in (everywhere, ~mention.any(0, keepdims=True)))
+    return {
+        "names": _triple(named[:, 0]),
+        "base_names": _triple(named[:, 1]),
+        "shift": _triple(all_[:, 0] - all_[:, 1]),
+        "shift_without": _triple(without[:, 0] - without[:, 1]),
+    }
+
+
+def _triple(samples: np.ndarray) -> list[float]:
+    return [float(v) for v in coupling.interval(samples)]
