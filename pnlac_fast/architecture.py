@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ class Projection:
         How often each neuron stands in it: twice where gate and up are one weight.
     interleaved
         Whether the copies of a neuron are neighbours; else all gates come before all ups.
+    by_expert
+        Whether its neurons are numbered over experts: neuron i of expert e is number e * width + i.
     """
 
     name: str
@@ -49,14 +52,24 @@ class Projection:
     inward: bool
     copies: int = 1
     interleaved: bool = False
+    by_expert: bool = False
 
-    def index(self, neurons: Tensor, width: int) -> Tensor:
-        """int64 [copies * chosen]: where these neurons are among the rows (or columns) of one MLP ``width`` wide."""
-        if self.copies == 1:
-            return neurons
+    def place(self, neurons: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
+        """Where neurons stand among the rows (or columns) of an MLP or expert ``width`` wide, and of which expert.
+
+        Both int64 [chosen * copies], ascending where the neurons are; no experts where there is one MLP, or where the
+        neurons are rows of all of them.
+        """
+        own = neurons % width if self.by_expert else neurons
+        copy = torch.arange(self.copies, device=neurons.device)
+        number = neurons // width
         if self.interleaved:
-            return (neurons[:, None] * self.copies + neurons.new_tensor(range(self.copies))).flatten()
-        return (neurons[None] + width * neurons.new_tensor(range(self.copies))[:, None]).flatten()
+            index = own[:, None] * self.copies + copy
+            expert = number[:, None].expand_as(index)
+        else:
+            index = own + width * copy[:, None]
+            expert = number.expand_as(index)
+        return index.flatten(), expert.flatten() if self.by_expert else None
 
 
 @dataclass(frozen=True)
@@ -238,8 +251,9 @@ def _experts(module: Any, path: str, name: str) -> Architecture | None:
     copies = 2 if module.has_gate else 1
     if math.prod(weights[first].shape) != count * copies * width * hidden:
         return None
-    parts = Projection(first, name, True, copies, not module.is_concatenated), Projection("down_proj", name, False)
-    return Architecture(path, name.rpartition(".")[0], parts, width, hidden, count)
+    into = Projection(first, name, True, copies, interleaved=not module.is_concatenated, by_expert=True)
+    down = Projection("down_proj", name, False, by_expert=True)
+    return Architecture(path, name.rpartition(".")[0], (into, down), width, hidden, count)
 
 
 def _span(layers: list[int]) -> str:

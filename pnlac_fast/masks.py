@@ -1,27 +1,29 @@
 """Which entries of a model's trainable parameters belong to chosen neurons, and are to be held still.
 
 Neuron j of ``mlp_mid`` is row j of gate and up, weights and biases, and column j of down. Coordinate i of ``mlp_out``
-is row i of down and its bias. With LoRA (W + B A) these are the same rows of B and columns of A.
+is row i of down and its bias. With LoRA (W + B A) these are the same rows of B and columns of A. Of a mixture, neuron
+e * width + i is neuron i of expert e, and coordinate i of ``mlp_out`` is row i of down in every expert.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from pnlac_fast.adapters import Weights
+from pnlac_fast.architecture import SITES, Projection, plain
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.optimizers import StepMask
-from pnlac_fast.slices import PARTS
 
 MODES = ("freeze", "specific")
 
@@ -38,6 +40,9 @@ class Mask:
         int64 [index], on the parameter's device.
     low_rank
         Whether the parameter is a LoRA factor, whose still entries are zero; else they are the base model's weights.
+    expert
+        int64 [index]: the experts that the still entries are of, where the parameter's first dimension is experts and
+        not all of these have the same; else None.
     """
 
     name: str
@@ -45,23 +50,34 @@ class Mask:
     dim: int
     still: Tensor
     low_rank: bool
+    expert: Tensor | None = None
 
     def values(self) -> Tensor:
         """A copy of the entries."""
-        return self.parameter.detach().index_select(self.dim, self.still)
+        if self.expert is None:
+            return self.parameter.detach().index_select(self.dim, self.still)
+        return self.parameter.detach()[self._of_experts()]
 
     def put(self, values: Tensor | float) -> None:
         """Overwrite the entries."""
-        with torch.no_grad():
-            if isinstance(values, Tensor):
-                self.parameter.index_copy_(self.dim, self.still, values)
-            else:
-                self.parameter.index_fill_(self.dim, self.still, values)
+        self._write(self.parameter.detach(), values)
 
     def zero_gradient(self, *_: Any) -> None:
         """Zero these entries of the gradient, in place; filled, not multiplied, so that infinities go too."""
         if self.parameter.grad is not None:
-            self.parameter.grad.index_fill_(self.dim, self.still, 0)
+            self._write(self.parameter.grad, 0.0)
+
+    def _write(self, tensor: Tensor, values: Tensor | float) -> None:
+        if self.expert is not None:
+            tensor[self._of_experts()] = values
+        elif isinstance(values, Tensor):
+            tensor.index_copy_(self.dim, self.still, values)
+        else:
+            tensor.index_fill_(self.dim, self.still, values)
+
+    def _of_experts(self) -> tuple[Any, ...]:
+        every = slice(None)
+        return (self.expert, *(self.still if d == self.dim else every for d in range(1, self.parameter.dim())))
 
     def on_step(self, factor: float) -> StepMask:
         """The mask by which an optimizer's step moves these entries by ``factor`` of what it moves the others."""
@@ -95,7 +111,7 @@ def find_masks(model: nn.Module, neurons: NeuronSet, mode: str = "freeze") -> Ma
     Parameters
     ----------
     model
-        A Hugging Face decoder with gated MLPs, or a PEFT model with LoRA on one. It is not changed.
+        A Hugging Face decoder, or a PEFT model with LoRA on one. It is not changed.
     mode
         "freeze": the chosen neurons stay as they are. "specific": all others do.
 
@@ -106,10 +122,10 @@ def find_masks(model: nn.Module, neurons: NeuronSet, mode: str = "freeze") -> Ma
     """
     if mode not in MODES:
         raise unknown("inhibit mode", mode, MODES)
-    if neurons.site not in PARTS:
+    if neurons.site not in SITES[:2]:
         raise UserError(
             f"Neurons of site '{neurons.site}' have no weights of their own to inhibit: locate neurons of "
-            f"{' or '.join(PARTS)}."
+            f"{' or '.join(SITES[:2])}."
         )
     hf = model.get_base_model() if isinstance(model, PeftModel) else model
     decoder = Model(Weights(hf), None, getattr(hf, "name_or_path", "") or "given", {})
@@ -120,55 +136,85 @@ def find_masks(model: nn.Module, neurons: NeuronSet, mode: str = "freeze") -> Ma
     entries: list[Mask] = []
     whole: list[nn.Parameter] = []
     covered = Counter[str]()
-    for layer in range(len(decoder.blocks)):
+    projections = decoder.architecture.of(neurons.site)
+    for layer, block in enumerate(decoder.blocks):
         chosen = neurons.member[layer]
         if not chosen.any():
             continue
         still = torch.from_numpy(chosen if mode == "freeze" else ~chosen).nonzero()[:, 0]
         before = len(entries)
-        for part, dim in PARTS[neurons.site].items():
-            own, shared = _tensors(decoder.projection(layer, part), dim)
+        for projection in projections:
+            module = block.get_submodule(projection.path)
+            find = _of_experts if decoder.architecture.experts else _of_linear
+            own, shared = find(module, projection, still, decoder.architecture.width)
             whole += shared
-            for parameter, at, low_rank in own:
+            for parameter, dim, index, low_rank, expert in own:
                 known = names[id(parameter)]
                 if len(known) > 1:
                     raise UserError(
                         f"{' and '.join(known)} are one shared parameter, of which no neuron can be inhibited alone: "
                         f"choose neurons of other layers."
                     )
-                entries.append(Mask(known[0], parameter, at, still.to(parameter.device), low_rank))
-            covered[part] += bool(own)
+                at = parameter.device
+                expert = expert if expert is None else expert.to(at)
+                entries.append(Mask(known[0], parameter, dim, index.to(at), low_rank, expert))
+            covered[projection.name] += bool(own)
         if mode == "specific" and len(entries) == before:
-            raise UserError(f"Nothing trains in the MLP of layer {layer}, which has chosen neurons: {_remedy(model)}.")
+            remedy = _remedy(model, projections)
+            raise UserError(f"Nothing trains in the MLP of layer {layer}, which has chosen neurons: {remedy}.")
     if not entries:
-        raise UserError(f"{_found(model)} leaves nothing to inhibit: {_remedy(model)}.")
+        raise UserError(f"{_found(model)} leaves nothing to inhibit: {_remedy(model, projections)}.")
     return Masks(tuple(entries), tuple(whole), {part: n for part, n in covered.items() if n})
 
 
-def _tensors(module: Any, dim: int) -> tuple[list[tuple[nn.Parameter, int, bool]], list[nn.Parameter]]:
-    """Trainable parameters of a projection whose neurons are its outputs (``dim`` 0) or its inputs (1).
+# Trainable parameter, dimension and index of its entries, whether it is a LoRA factor, the expert of each entry.
+_Entries = tuple[Any, int, Tensor, bool, Tensor | None]
 
-    First those with a row or column for each neuron: parameter, dimension, whether it is a LoRA factor. Then the LoRA
-    factors that all neurons share.
-    """
-    linear = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if not isinstance(linear, nn.Linear) or not isinstance(module, (nn.Linear, LoraLayer)):
+
+def _of_linear(
+    module: Any, projection: Projection, neurons: Tensor, width: int
+) -> tuple[list[_Entries], list[nn.Parameter]]:
+    """Entries of neurons in a linear projection, and the LoRA factors that all neurons share."""
+    linear = plain(module)
+    if not isinstance(linear, nn.Linear | Conv1D) or not (module is linear or isinstance(module, LoraLayer)):
         raise UserError(f"InhibitFT masks linear layers and LoRA, not {type(module).__name__}: tune with one of those.")
-    own: list[tuple[Any, int, bool]] = [(linear.weight, dim, False)]
+    (index, _), outputs = projection.place(neurons, width), projection.inward
+    rows = outputs != isinstance(linear, Conv1D)  # whose weight is [input, output]
+    found: list[_Entries] = [(linear.weight, 0 if rows else 1, index, False, None)]
     shared: list[Any] = []
-    if dim == 0:
-        own.append((linear.bias, 0, False))
+    if outputs:
+        found.append((linear.bias, 0, index, False, None))
     lora: Any = module
     for name in getattr(lora, "lora_A", ()):
         a, b, bias = lora.lora_A[name].weight, lora.lora_B[name].weight, lora.lora_B[name].bias
         if name in lora.lora_variant and (a.requires_grad or b.requires_grad):
             variant = type(lora.lora_variant[name]).__name__.removesuffix("LinearVariant")
             raise UserError(f"The LoRA variant {variant} moves every neuron of a layer together: use LoRA without it.")
-        if dim == 1 and b.requires_grad and not a.requires_grad:
-            raise UserError("A of a down_proj LoRA is frozen, its B trains: let both train, so that A can be masked.")
-        own += [(b, 0, True), (bias, 0, True)] if dim == 0 else [(a, 1, True)]
-        shared.append(a if dim == 0 else b)
-    return [t for t in own if t[0] is not None and t[0].requires_grad], [p for p in shared if p.requires_grad]
+        if not outputs and b.requires_grad and not a.requires_grad:
+            raise UserError(
+                f"A of a {projection.name} LoRA is frozen, its B trains: let both train, so that A can be masked."
+            )
+        if outputs:
+            found += [(b, 0, index, True, None), (bias, 0, index, True, None)]
+        else:
+            found.append((a, 1, index, True, None))
+        shared.append(a if outputs else b)
+    return [t for t in found if t[0] is not None and t[0].requires_grad], [p for p in shared if p.requires_grad]
+
+
+def _of_experts(
+    module: Any, projection: Projection, neurons: Tensor, width: int
+) -> tuple[list[_Entries], list[nn.Parameter]]:
+    """Entries of neurons in a projection of experts, whose weights are [expert, output, input] or transposed."""
+    experts = plain(module)
+    if experts is not module:
+        raise UserError("InhibitFT cannot mask adapters on experts: tune them with method full, or leave them out.")
+    index, expert = projection.place(neurons, width)
+    rows = projection.inward != experts.is_transposed
+    found: list[_Entries] = [(getattr(experts, projection.name), 1 if rows else 2, index, False, expert)]
+    if projection.inward:
+        found.append((getattr(experts, f"{projection.name}_bias", None), 1, index, False, expert))
+    return [t for t in found if t[0] is not None and t[0].requires_grad], []
 
 
 def _found(model: nn.Module) -> str:
@@ -178,7 +224,7 @@ def _found(model: nn.Module) -> str:
     return "A model whose MLP projections are all frozen"
 
 
-def _remedy(model: nn.Module) -> str:
-    if isinstance(model, PeftModel):
-        return "add gate_proj, up_proj and down_proj to target_modules"
-    return "set requires_grad on gate_proj, up_proj and down_proj"
+def _remedy(model: nn.Module, projections: Sequence[Projection]) -> str:
+    *others, last = (projection.name for projection in projections)
+    names = f"{', '.join(others)} and {last}" if others else last
+    return f"add {names} to target_modules" if isinstance(model, PeftModel) else f"set requires_grad on {names}"

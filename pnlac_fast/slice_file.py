@@ -17,7 +17,7 @@ from pnlac_fast.adapters import Weights
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet, from_record, to_record
-from pnlac_fast.slices import PARTS, Slices, fingerprint
+from pnlac_fast.slices import Slices, fingerprint
 
 FORMAT, VERSION = "pnlac-neuron-slices", 1
 
@@ -34,7 +34,8 @@ class SliceFile:
         Fingerprint of the same weights before training.
     tensors
         By name, such as "layers.0.gate_proj.weight" [slice, input], "layers.0.gate_proj.bias" [slice] or
-        "layers.0.down_proj.weight" [output, slice].
+        "layers.0.down_proj.weight" [output, slice]. Where gate and up are one weight, a slice has two rows for each
+        neuron, all gates first.
     """
 
     neurons: NeuronSet
@@ -53,6 +54,7 @@ def save_slices(slices: Slices, path: str | Path, base: Mapping[str, Any] | None
         "version": str(VERSION),
         "base_sha256": slices.base_sha256,
         "neurons": json.dumps(to_record(neurons)),
+        "dims": json.dumps({part.part: part.dim for part in slices.parts}),
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.cpu().contiguous() for name, tensor in slices.tensors().items()}, path, metadata)
@@ -77,10 +79,10 @@ def load_slices(path: str | Path) -> SliceFile:
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         found = SliceFile(from_record(json.loads(metadata["neurons"])), metadata["base_sha256"], tensors)
-        parts = PARTS[found.neurons.site]
+        dims = json.loads(metadata["dims"])
         for name, tensor in tensors.items():
             _, layer, part, _ = name.split(".")
-            if tensor.shape[parts[part]] != found.neurons.per_layer[int(layer)]:
+            if tensor.shape[dims[part]] % found.neurons.per_layer[int(layer)]:
                 raise ValueError(f"{name} is {list(tensor.shape)}")
     except (SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"The file of neuron slices '{path}' is damaged ({error}): fine-tune again.") from error
@@ -112,8 +114,11 @@ def merge_slices(model: Model | nn.Module, path: str | Path) -> NeuronSet:
     found = load_slices(path)
     found.neurons.fits(decoder)
     places: dict[str, tuple[Tensor, int, Tensor]] = {}
+    projections = {p.name: p for p in decoder.architecture.of(found.neurons.site)}
     for name in found.tensors:
         _, layer, part, kind = name.split(".")
+        if part not in projections:
+            raise UserError(f"'{decoder.name}' has no {part}, which '{path}' changes: give a copy of its base.")
         linear = decoder.projection(int(layer), part)
         if type(linear) is not nn.Linear:
             raise UserError(f"{part} of layer {layer} is {type(linear).__name__}: give a model without adapters.")
@@ -122,8 +127,9 @@ def merge_slices(model: Model | nn.Module, path: str | Path) -> NeuronSet:
             raise UserError(
                 f"'{decoder.name}' has no {kind} in {part}, which '{path}' changes: give a copy of its base."
             )
-        index = torch.tensor(found.neurons.layer(int(layer)), device=tensor.device)
-        places[name] = tensor.data, 0 if kind == "bias" else PARTS[found.neurons.site][part], index
+        chosen = torch.tensor(found.neurons.layer(int(layer)), device=tensor.device)
+        index, _ = projections[part].place(chosen, decoder.architecture.width)
+        places[name] = tensor.data, 0 if kind == "bias" or projections[part].inward else 1, index
     now = {name: tensor.index_select(dim, index) for name, (tensor, dim, index) in places.items()}
     same_shape = all(now[name].shape == tensor.shape for name, tensor in found.tensors.items())
     if not same_shape or fingerprint(now) != found.base_sha256:

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from pnlac_fast.adapters import Weights
+from pnlac_fast.architecture import SITES
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.sliced_linear import SlicedLinear
-
-PARTS = {"mlp_mid": {"gate_proj": 0, "up_proj": 0, "down_proj": 1}, "mlp_out": {"down_proj": 0}}  # dim of the neurons
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +124,7 @@ def slice_neurons(model: Model | nn.Module, neurons: NeuronSet) -> Slices:
     Parameters
     ----------
     model
-        A Hugging Face decoder with gated MLPs, without adapters. It is changed in place.
+        A Hugging Face decoder whose projections are ``nn.Linear``, without adapters. It is changed in place.
     neurons
         Neurons of site ``mlp_mid`` or ``mlp_out``.
 
@@ -142,12 +141,13 @@ def slice_neurons(model: Model | nn.Module, neurons: NeuronSet) -> Slices:
     >>> slices.merge()  # doctest: +SKIP
     """
     decoder = model if isinstance(model, Model) else Model(Weights(model), None, "given", {})
-    if neurons.site not in PARTS:
+    if neurons.site not in SITES[:2]:
         raise UserError(
             f"Neurons of site '{neurons.site}' have no weights of their own to train: locate neurons of "
-            f"{' or '.join(PARTS)}."
+            f"{' or '.join(SITES[:2])}."
         )
     neurons.check(decoder)
+    projections = decoder.architecture.of(neurons.site)
     names: dict[int, list[str]] = {}
     for name, parameter in decoder.hf.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
@@ -155,13 +155,14 @@ def slice_neurons(model: Model | nn.Module, neurons: NeuronSet) -> Slices:
     for layer in range(len(decoder.blocks)):
         if not neurons.member[layer].any():
             continue
-        index, before = torch.tensor(neurons.layer(layer)), len(parts)
-        for part, dim in PARTS[neurons.site].items():
+        before = len(parts)
+        for projection in projections:
+            part, dim = projection.name, 0 if projection.inward else 1
             linear = decoder.projection(layer, part)
             if type(linear) is not nn.Linear:
                 raise UserError(
                     f"{part} of layer {layer} is {type(linear).__name__}, not a plain linear layer: give a model "
-                    f"without adapters, quantisation or slices."
+                    f"without adapters, quantisation or slices, or tune it with LoRA or with mode freeze."
                 )
             if not linear.weight.requires_grad:
                 continue
@@ -171,13 +172,14 @@ def slice_neurons(model: Model | nn.Module, neurons: NeuronSet) -> Slices:
                     f"{' and '.join(known)} are one shared parameter, of which no neuron can train alone: "
                     f"choose neurons of other layers."
                 )
+            index, _ = projection.place(torch.tensor(neurons.layer(layer)), decoder.architecture.width)
             weight = nn.Parameter(linear.weight.new_empty(0))
             bias = nn.Parameter(linear.bias.new_empty(0)) if dim == 0 and linear.bias is not None else None
             parts.append(Slice(layer, part, known[0].removesuffix(".weight"), linear, dim, index, weight, bias))
         if len(parts) == before:
             raise UserError(
                 f"Nothing trains in the MLP of layer {layer}, which has chosen neurons: set requires_grad on "
-                f"{', '.join(PARTS[neurons.site])}."
+                f"{', '.join(projection.name for projection in projections)}."
             )
     slices = Slices(decoder.hf, neurons, parts)
     slices.install()

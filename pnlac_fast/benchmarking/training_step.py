@@ -20,10 +20,11 @@ from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.inhibition import InhibitFT
 from pnlac_fast.loading import resolve_device
 from pnlac_fast.neurons import NeuronSet
-from pnlac_fast.slices import PARTS, slice_neurons
+from pnlac_fast.slices import slice_neurons
 
 SHARE = 0.03  # of each layer's neurons, about what localising finds specific to a topic
 SEQUENCES, LENGTH = 8, 128
+DIMS = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}  # where the neurons of mlp_mid are
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,6 +228,6 @@ def measure(
 def _own(name: str, neurons: NeuronSet) -> tuple[int, Tensor] | None:
     """Dimension and index of the chosen neurons in a weight; None where it has none."""
     part = name.split(".")[-2]
-    if ".mlp." not in name or part not in PARTS[neurons.site]:
+    if ".mlp." not in name or part not in DIMS:
         return None
-    return PARTS[neurons.site][part], torch.tensor(neurons.layer(int(name.split("layers.")[1].split(".")[0])))
+    return DIMS[part], torch.tensor(neurons.layer(int(name.split("layers.")[1].split(".")[0])))

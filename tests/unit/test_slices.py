@@ -19,10 +19,11 @@ from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.sliced_linear import SlicedLinear
-from pnlac_fast.slices import PARTS, Slices, slice_neurons
+from pnlac_fast.slices import Slices, slice_neurons
 
 LAYERS, WIDTH, HIDDEN = 3, 23, 18
 KINDS = ("llama", "qwen2", "gemma")
+DIMS = {"mlp_mid": {"gate_proj": 0, "up_proj": 0, "down_proj": 1}, "mlp_out": {"down_proj": 0}}
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,7 @@ def mine(name: str, neurons: NeuronSet) -> Tensor | None:
     if ".mlp." not in name:
         return None
     layer, part, kind = int(name.split(".")[2]), *name.split(".")[4:6]
-    dim = PARTS[neurons.site].get(part)
+    dim = DIMS[neurons.site].get(part)
     index = torch.tensor(neurons.layer(layer), dtype=torch.int64)
     return None if dim is None or not len(index) or (kind == "bias" and dim) else index
 
