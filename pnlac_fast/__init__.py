@@ -27,6 +27,7 @@ _VERBS = {
     "demo": "demonstration",
     "env": "environment",
     "bench": "benchmarking.suite",
+    "self_check": "checkup",
     "load_model": "loading",
     "load_tuned": "loading",
     "load_questions": "datasets",

@@ -153,9 +153,7 @@ def architecture(hf: Any, last_projection: str | None = None) -> Architecture:
     for layer, block in enumerate(hf.get_submodule(path)):
         found.setdefault(_of_block(block, path, kind, last_projection), []).append(layer)
     if len(found) > 1:
-        shapes = " and ".join(
-            f"{a.down.path} with {a.neurons} neurons in layers {_span(at)}" for a, at in found.items()
-        )
+        shapes = " and ".join(f"{a.down.path} with {a.neurons} neurons in {_layers(at)}" for a, at in found.items())
         raise UserError(
             f"The MLPs of model type '{kind}' differ: {shapes}. Every block must have the same: give a model without "
             f"mlp_only_layers, first_k_dense_replace and the like in its config."
@@ -256,5 +254,6 @@ def _experts(module: Any, path: str, name: str) -> Architecture | None:
     return Architecture(path, name.rpartition(".")[0], (into, down), width, hidden, count)
 
 
-def _span(layers: list[int]) -> str:
-    return str(layers[0]) if len(layers) == 1 else f"{layers[0]} to {layers[-1]}"
+def _layers(numbers: list[int]) -> str:
+    named = ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else "")
+    return f"layer{'s' if len(numbers) > 1 else ''} {named}"

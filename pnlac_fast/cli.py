@@ -19,6 +19,7 @@ from pnlac_fast.options import (
     config,
     data_options,
     meanings,
+    model_choice,
     model_options,
     names,
     option,
@@ -405,13 +406,18 @@ def demo(as_json: bool, **given: Any) -> None:
 
 
 @commands.command(epilog="Example: pnlac-fast env --model meta-llama/Llama-3.2-1B")
-@option("--model", help="Also check that this model's sites are found.")
+@model_choice(help="Also try this model: its sites, the shortcuts it bears, batches and padding.")
 @as_json
-def env(model: str | None, as_json: bool) -> None:
-    """Show versions, devices and engines. An engine that is not available says why."""
+def env(model: str | None, as_json: bool, **given: Any) -> None:
+    """Show versions, devices and engines. An engine that is not available says why. With --model, try the model."""
     from pnlac_fast import env as run
+    from pnlac_fast.checkup import certify
+    from pnlac_fast.loading import load_model
 
-    show_record(run(model), as_json)
+    result = run(None if model is None else load_model(model, **given))
+    show_record(result, as_json)
+    if model is not None:
+        certify(result["model"], model)
 
 
 @commands.command(epilog="Example: pnlac-fast bench --shape tiny --only localise --repeats 5")

@@ -1,4 +1,4 @@
-"""What this machine offers: versions, devices, engines, and whether a model's sites are where they should be."""
+"""What this machine offers: versions, devices, engines, and whether a model is as this package takes it to be."""
 
 from __future__ import annotations
 
@@ -10,25 +10,24 @@ import torch
 
 import pnlac_fast
 from pnlac_fast import ops
-from pnlac_fast.architecture import SITES
+from pnlac_fast.checkup import self_check
 from pnlac_fast.loading import load_model
+from pnlac_fast.models import Model
 from pnlac_fast.provenance import PACKAGES, versions
 
 
-def env(model: str | Path | None = None) -> dict[str, Any]:
+def env(model: str | Path | Model | None = None) -> dict[str, Any]:
     """Versions, devices and the engines of :mod:`pnlac_fast.ops`, each "available" or the reason why it is not.
 
     Parameters
     ----------
     model
-        Also load this model, run four tokens through it, and give its layers and the width of each site.
+        Also load this model, and try it: see :func:`pnlac_fast.checkup.self_check`.
 
     Raises
     ------
     UserError
         The model cannot be loaded or its sites are not found.
-    RuntimeError
-        A site does not run once per layer, or not at the width its configuration says.
     """
     report: dict[str, Any] = {
         "pnlac-fast": pnlac_fast.__version__,
@@ -39,23 +38,6 @@ def env(model: str | Path | None = None) -> dict[str, Any]:
         "engines": ops.engines(),
     }
     if model is not None:
-        report["model"] = _check(str(model))
+        loaded = model if isinstance(model, Model) else load_model(model)
+        report["model"] = {**loaded.origin, **self_check(loaded)}
     return report
-
-
-def _check(source: str) -> dict[str, Any]:
-    model = load_model(source)
-    widths: dict[str, list[int]] = {}
-    for site in SITES:
-        seen = widths[site] = []
-        with (
-            torch.inference_mode(),
-            model.active() as hf,
-            model.tapped(site, lambda layer, a, seen=seen: seen.append(a.shape[-1])),  # type: ignore[misc]
-        ):
-            hf(input_ids=torch.zeros(1, 4, dtype=torch.int64, device=model.device))
-        if seen != [model.width(site)] * len(model.blocks):
-            raise RuntimeError(
-                f"site {site} of '{source}' ran at widths {seen}, expected {model.width(site)} per layer"
-            )
-    return {**model.origin, "layers": len(model.blocks), "widths": {site: seen[0] for site, seen in widths.items()}}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from pnlac_fast.adapters import Weights, attach, quiet
+from pnlac_fast.checkup import dry_run
 from pnlac_fast.errors import UserError, first_line, unknown
 from pnlac_fast.models import Model
 from pnlac_fast.tensor_parallel import WHOLE, check, joined, sharding
@@ -90,12 +91,48 @@ def load_model(
         "revision": getattr(hf.config, "_commit_hash", None) or revision,
         "sha256": weights_sha256(source),
         "type": hf.config.model_type,
-        "dtype": str(hf.dtype).removeprefix("torch."),
+        "dtype": _dtype(hf),
         **_finetune_record(source),
     }
     model = Model(weights, tokenizer, name or _short_name(source), origin)
     if tp:
         check(model)
+    else:
+        dry_run(model)
+    return model
+
+
+def from_hf(hf: Any, tokenizer: Any, *, name: str = "", last_projection: str | None = None) -> Model:
+    """A decoder that is loaded already, by whatever means: quantised, spread over devices, or made from scratch.
+
+    Parameters
+    ----------
+    hf
+        The Hugging Face causal model, without adapters. It is put into evaluation mode and otherwise left as it is.
+    tokenizer
+        Its fast tokenizer.
+    name
+        Name to use in stores; default: the last part of where it was loaded from.
+    last_projection
+        As for :func:`load_model`.
+
+    Raises
+    ------
+    UserError
+        Its MLPs are not found.
+    """
+    weights = Weights(hf.eval(), last_projection=last_projection)
+    source = str(hf.name_or_path or "given")
+    origin = {
+        "source": source,
+        "revision": getattr(hf.config, "_commit_hash", None),
+        "sha256": weights_sha256(source),
+        "type": hf.config.model_type,
+        "dtype": _dtype(hf),
+        **_finetune_record(source),
+    }
+    model = Model(weights, tokenizer, name or _short_name(source), origin)
+    dry_run(model)
     return model
 
 
@@ -201,6 +238,13 @@ def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
 def _finetune_record(source: str) -> dict[str, Any]:
     file = Path(source) / FINETUNE_FILE
     return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _dtype(hf: Any) -> str:
+    """What the numbers of a model are: its dtype, and how it is quantised."""
+    name, config = str(hf.dtype).removeprefix("torch."), getattr(hf.config, "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
+    return name if method is None else f"{name}, {getattr(method, 'value', method)}"
 
 
 def _short_name(source: str) -> str:

@@ -175,13 +175,20 @@ as_json = option("--json", "as_json", is_flag=True, help="Print one JSON object 
 
 def model_choice(**model: Any) -> Decorator:
     """Which model, and how it is loaded."""
+    how: dict[str, Any] = {"needs": None if model.get("required") else ("model", ())}
     return together(
         option("--model", **model),
-        option("--revision", help="Revision of a hub model."),
-        option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16 or float64."),
-        option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-        option("--trust-remote-code", is_flag=True, help="Let code from the model repository run."),
-        option("--last-projection", help="Path of the MLP's last projection in a block, where it is not found alone."),
+        option("--revision", help="Revision of a hub model.", **how),
+        option(
+            "--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16 or float64.", **how
+        ),
+        option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.", **how),
+        option("--trust-remote-code", is_flag=True, help="Let code from the model repository run.", **how),
+        option(
+            "--last-projection",
+            help="Path of the MLP's last projection in a block, where it is not found by itself.",
+            **how,
+        ),
     )
 
 

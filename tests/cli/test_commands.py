@@ -210,7 +210,12 @@ def test_report_and_env(cli, world: Path, base, tuned, tmp_path: Path) -> None:
     assert found["model"]["widths"] == {"mlp_mid": 48, "mlp_out": 32, "resid": 32}
     lines = table(done(cli("env", "--model", world / "base")).out)
     assert any("mlp_mid 48" in line for line in lines)
-    assert "  torch       available" in lines[lines.index("engines") :]
+    assert "  torch         available" in lines[lines.index("engines") :]
+    assert found["model"]["mlp"] == ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert {"share", "pack", "stop"} <= set(found["model"]["shortcuts"])
+    assert all(check["holds"] for check in found["model"]["checks"].values())
+    assert len(found["model"]["checks"]) == 5
+    assert cli("env", "--dtype", "float32").code == 2
 
 
 def test_finetune_inhibits_by_a_factor(cli, world: Path, base, tmp_path: Path) -> None:
