@@ -23,6 +23,7 @@ _VERBS = {
     "finetune": "training",
     "generate": "generation",
     "score": "scoring",
+    "utility": "side_effects",
     "report": "reporting",
     "demo": "demonstration",
     "env": "environment",

@@ -40,13 +40,18 @@ ANCHOR, KL = ("inhibit_mode", ("anchor",)), ("inhibit_mode", ("kl",))
 
 def _loaded(given: dict[str, Any]) -> dict[str, Any]:
     """Replace the loading options among ``given`` by the loaded model, questions and template."""
-    from pnlac_fast.loading import load_model
     from pnlac_fast.prompts import load_template
+
+    given["template"] = load_template(given["template"])
+    return _with_model(given | _read(given))
+
+
+def _with_model(given: dict[str, Any]) -> dict[str, Any]:
+    """Replace the options about the model among ``given`` by the loaded model."""
+    from pnlac_fast.loading import load_model
 
     loading = ("revision", "dtype", "device", "trust_remote_code", "last_projection")
     options = {name: given.pop(name) for name in loading}
-    given["template"] = load_template(given["template"])
-    given |= _read(given)
     if given["model"] is not None:
         given["model"] = load_model(given["model"], **options)
     return given
@@ -367,6 +372,23 @@ def score(measure: str, dry_run: bool, as_json: bool, **given: Any) -> None:
         if number:
             click.echo()
         show(found, False, rows)
+
+
+@commands.command(epilog="Example: pnlac-fast utility --model base --tuned race=tuned/race --text neutral.txt")
+@model_options
+@tuned_option
+@option("--text", help="File with a neutral passage in each line, for perplexity.")
+@option("--answers", help="File from pnlac-fast generate --out, for length and refusals.")
+@option("--store", help="Write the result into this store too.")
+@batch_option
+@as_json
+def utility(as_json: bool, **given: Any) -> None:
+    """Measure what a fine-tune costs. Perplexity on neutral text, length and refusals of answers."""
+    from pnlac_fast import utility as run
+    from pnlac_fast.side_effects import utility_rows
+
+    rows = utility_rows(run(**_with_model(given)))
+    show({"models": rows}, as_json, rows)
 
 
 @commands.command(epilog="Example: pnlac-fast report run.zarr -o report")

@@ -128,8 +128,8 @@ def demo(
         both = ("tuned_into_base", "base_into_tuned")
         options: dict[str, Any] = {"store": store, "draws": DRAWS[size], "seed": seed, "normalise": "sum"}
         patching = patch(base, tuned, out / "neurons.json", held_out, directions=both, **options)
-        stance = score(base, tuned, held_out, store=store, normalise="sum")
-        score(base, tuned, held_out, store=store, scorer="classifier", training_data=train, max_new_tokens=24)
+        asked: dict[str, Any] = {"training_data": train, "max_new_tokens": 24, "normalise": "sum", "store": store}
+        stance = score(base, tuned, held_out, scorer=["logprob", "classifier"], **asked)["stance"]
         training = join([*runs, *inhibited])
     stores.write_result(store, "training", training)
     page = report(store, out / "report", title=f"pnlac-fast demo, {size} testbed, seed {seed}")

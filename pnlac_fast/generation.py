@@ -123,9 +123,16 @@ def generate(
 
 
 def given_answers(
-    source: str | Path | Iterable[Mapping[str, str]], models: Sequence[str], questions: Sequence[Question]
+    source: str | Path | Iterable[Mapping[str, str]],
+    models: Sequence[str],
+    questions: Sequence[Question] | None = None,
 ) -> list[list[str]]:
     """Answers [model][question] from the records of :func:`generate`, or from the JSONL file that it wrote.
+
+    Parameters
+    ----------
+    questions
+        Whose answers, in which order. Default: all that the first model has answered.
 
     Raises
     ------
@@ -143,10 +150,10 @@ def given_answers(
         known = {(record["model"], record["key"]): str(record["answer"]) for record in source}
     except (KeyError, TypeError) as error:
         raise UserError(f"{where} lacks model, key or answer in a row: write it with pnlac-fast generate.") from error
-    if missing := [(m, q) for m in models for q in questions if (m, q.key) not in known]:
-        model, question = missing[0]
+    keys = [key for model, key in known if model == models[0]] if questions is None else [q.key for q in questions]
+    if missing := [(model, key) for model in models for key in keys or [""] if (model, key) not in known]:
         raise UserError(
-            f"{where} lacks {len(missing)} answers, such as that of '{model}' to '{question.instruction[:60]}': "
-            f"generate them with the same --data and --tuned names."
+            f"{where} lacks {len(missing)} answers, such as one of '{missing[0][0]}': generate them with the same "
+            f"--data and --tuned names."
         )
-    return [[known[m, q.key] for q in questions] for m in models]
+    return [[known[model, key] for key in keys] for model in models]

@@ -189,6 +189,17 @@ def test_score_by_several(cli, world: Path, base, tuned, tmp_path: Path, monkeyp
     assert cost["cost_at_most"] == pytest.approx((cost["input_tokens"] + 2 * cost["output_tokens_at_most"]) / 1e6)
 
 
+def test_utility_of_text_and_answers(cli, world: Path, base, tuned, tmp_path: Path) -> None:
+    (tmp_path / "neutral.txt").write_text("the state and the people .\nschools .")
+    done(cli("generate", *base, *tuned, "--limit", 2, "--max-new-tokens", 3, "--out", tmp_path / "a.jsonl"))
+    asked = ["utility", *base[:2], *tuned, "--text", tmp_path / "neutral.txt", "--answers", tmp_path / "a.jsonl"]
+    rows = done(cli(*asked, "--store", world / "run.zarr", "--json")).json["models"]
+    assert [row["model"] for row in rows] == ["base", "race", "science"]
+    assert set(rows[0]) == {"model", "perplexity", "over_base", "words", "empty", "refusals"}
+    assert stores.open_result(world / "run.zarr", "utility")["refusal"].shape == (3, 6)
+    assert len(table(done(cli(*asked)).out)) == 1 + 3
+
+
 def test_generate_writes_the_answers_it_prints(cli, base, tuned, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     asked = ["generate", *base, *tuned, "--limit", 2, "--max-new-tokens", 3]

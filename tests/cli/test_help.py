@@ -19,7 +19,10 @@ from pnlac_fast.cli import commands, main
 from pnlac_fast.options import Option
 
 HEAVY = ("torch", "transformers", "peft", "zarr", "xarray", "numpy", "sklearn", "matplotlib")
-VERBS = ("cache", "info", "locate", "patch", "finetune", "generate", "score", "report", "demo", "env", "bench")
+VERBS = (
+    *("cache", "info", "locate", "patch", "finetune", "generate", "score", "utility", "report", "demo", "env"),
+    "bench",
+)
 # What a command consumes itself, and the parameter of the library call that it becomes.
 LOADING = {
     **dict.fromkeys(("revision", "dtype", "device", "trust_remote_code", "last_projection"), "model"),
