@@ -1,4 +1,4 @@
-"""One step of a fine-tune, timed by what trains: all weights, all but frozen neurons, the MLPs, a LoRA, or slices."""
+"""One step of a fine-tune, timed by what trains (all, all but frozen neurons, MLPs, LoRA, slices) or is held."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pnlac_fast.adapters import quiet
+from pnlac_fast.anchoring import Anchor, base_activations
 from pnlac_fast.architecture import MLP_PROJECTIONS
 from pnlac_fast.benchmarking.timing import interleaved, ratio
 from pnlac_fast.benchmarking.workloads import DTYPES, SHAPES, make_model
@@ -81,9 +82,15 @@ def freeze(hf: Any, neurons: NeuronSet) -> tuple[Any, list[nn.Parameter]]:
     return hf, list(hf.parameters())
 
 
+def anchor(hf: Any, neurons: NeuronSet) -> tuple[Any, list[nn.Parameter]]:
+    """Everything trains, and the chosen neurons' activations are held; :func:`prepare` installs the penalty."""
+    return hf, list(hf.parameters())
+
+
 WAYS: dict[str, Callable[[Any, NeuronSet], tuple[Any, list[nn.Parameter]]]] = {
     "full": all_weights,
     "freeze": freeze,
+    "anchor": anchor,
     "mlp": mlps,
     "lora": lora,
     "slices": slices,
@@ -127,6 +134,15 @@ def prepare(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor], way: str) 
         inhibition.prepare(model)
         arguments, state = SimpleNamespace(max_grad_norm=1.0), SimpleNamespace(global_step=0)
         inhibition.on_train_begin(arguments, state, None, model=model, optimizer=step.optimizer)
+    if way == "anchor":
+        penalty = Anchor(neurons, base=base_activations(hf, batch["input_ids"].tolist(), neurons))
+        penalty.on_train_begin(
+            SimpleNamespace(gradient_accumulation_steps=1),
+            SimpleNamespace(global_step=0),
+            None,
+            model=model,
+            optimizer=step.optimizer,
+        )
     return step
 
 
@@ -160,6 +176,22 @@ def check(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor]) -> None:
             raise RuntimeError(f"{name} has moved outside the slices.")
 
 
+def check_anchor(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor]) -> None:
+    """Make two steps with anchored neurons, and two of all weights: the first moves them, the second pulls them back.
+
+    Raises
+    ------
+    RuntimeError
+        The penalty makes no difference.
+    """
+    anchored, full = (prepare(hf, neurons, batch, way) for way in ("anchor", "full"))
+    for step in (anchored, anchored, full, full):
+        step()
+    down = next(name for name, _ in hf.named_parameters() if name.endswith("down_proj.weight"))
+    if torch.equal(anchored.model.get_parameter(down), full.model.get_parameter(down)):
+        raise RuntimeError("The anchor makes no difference.")
+
+
 def check_freeze(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor]) -> None:
     """Make one step with frozen neurons.
 
@@ -188,26 +220,26 @@ def measure(
     dtype: str = "auto",
     share: float = SHARE,
 ) -> dict[str, Any]:
-    """Check, then time a whole step of every way, side by side.
+    """Check, then time a whole step of every way, side by side. Base activations for the anchor are read before.
 
     Returns
     -------
     dict
-        ``freeze_vs_full``, ``slices_vs_full``, ``slices_vs_lora``, ``lora_vs_full``, ``mlp_vs_full``: ratios of seconds
-        within a round;
-        ``bytes_slices_vs_full``, ``bytes_lora_vs_full``: of gradients and optimizer state; ``shape``, ``tokens``,
-        ``share``.
+        ``freeze_vs_full``, ``anchor_vs_full``, ``slices_vs_full``, ``slices_vs_lora``, ``lora_vs_full``,
+        ``mlp_vs_full``: ratios of seconds within a round; ``bytes_slices_vs_full``, ``bytes_lora_vs_full``: of
+        gradients and optimizer state; ``shape``, ``tokens``, ``share``.
 
     Raises
     ------
     UserError
         The shape or dtype is unknown, or the device cannot be used.
     RuntimeError
-        See :func:`check` and :func:`check_freeze`.
+        See :func:`check`, :func:`check_freeze` and :func:`check_anchor`.
     """
     hf, neurons, batch = make_setting(shape, device=device, dtype=dtype, share=share)
     check(hf, neurons, batch)
     check_freeze(hf, neurons, batch)
+    check_anchor(hf, neurons, batch)
     steps = {way: prepare(hf, neurons, batch, way) for way in WAYS}
     seconds = interleaved(steps, repeats, hf.device)
     size = {way: step.bytes() for way, step in steps.items()}
@@ -216,6 +248,7 @@ def measure(
         "tokens": batch["input_ids"].numel(),
         "share": share,
         "freeze_vs_full": ratio(seconds["freeze"], seconds["full"]),
+        "anchor_vs_full": ratio(seconds["anchor"], seconds["full"]),
         "slices_vs_full": ratio(seconds["slices"], seconds["full"]),
         "slices_vs_lora": ratio(seconds["slices"], seconds["lora"]),
         "lora_vs_full": ratio(seconds["lora"], seconds["full"]),

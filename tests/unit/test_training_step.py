@@ -19,7 +19,7 @@ def test_a_way_trains_what_it_says(way: str) -> None:
     before = {name: tensor.clone() for name, tensor in step.model.state_dict().items()}
     step()
     moved = {name for name, tensor in step.model.state_dict().items() if tensor.ne(before[name]).any()}
-    if way in ("full", "freeze"):
+    if way in ("full", "freeze", "anchor"):
         assert moved == set(before)
     elif way == "lora":
         assert moved == {name for name in before if "lora_" in name}
@@ -67,6 +67,15 @@ def test_freezing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.setattr(training_step, "_own", lambda name, neurons: None)
         with pytest.raises(RuntimeError, match="does not train"):
             training_step.check_freeze(*setting)
+
+
+def test_anchoring_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = make_setting("test", device="cpu")
+    training_step.check_anchor(*setting)
+    plain = training_step.prepare
+    monkeypatch.setattr(training_step, "prepare", lambda hf, neurons, batch, way: plain(hf, neurons, batch, "full"))
+    with pytest.raises(RuntimeError, match="no difference"):
+        training_step.check_anchor(*setting)
 
 
 def test_measuring_gives_ratios_and_refuses_nonsense() -> None:
