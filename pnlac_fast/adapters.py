@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from pnlac_fast.architecture import Architecture, architecture
 from pnlac_fast.errors import UserError, first_line
@@ -49,38 +52,77 @@ class Weights:
         self.on = adapter
 
 
-def attach(weights: Weights, source: str, name: str) -> None:
-    """Put an adapter on shared weights; PEFT's silence about weights that found no place becomes an error."""
-    from peft import PeftModel
+def attach(weights: Weights, source: str, name: str) -> tuple[Weights, str]:
+    """Put an adapter on a model: the weights that carry it now, and what it is called there.
+
+    LoRA, DoRA and the like go on ``weights`` themselves. PEFT does not hold every mixture of kinds on one model, and
+    what an adapter brings along as a whole (modules_to_save, biases, embeddings) would overwrite the base's. So every
+    other one gets a model of its own, which shares all parameters but those. PEFT's silence about weights that found no
+    place becomes an error.
+    """
+    from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
     from safetensors import safe_open
 
     if name in weights.attached:
         raise UserError(f"Two tuned models are called '{name}': name them apart with --tuned NAME=PATH.")
     with safe_open(Path(source) / "adapter_model.safetensors", framework="pt") as file:
-        stored = {key for key in sorted(file.keys()) if ".lora_" in key or ".ia3_" in key}
-    if weights.part != WHOLE and any(".ia3_" in key for key in stored):  # PEFT divides LoRA only
-        raise UserError(f"The adapter '{source}' is IA3, which cannot be divided: leave --tp out.")
+        stored = set(file.keys())
+    try:
+        config = PeftConfig.from_pretrained(source)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"The adapter '{source}' cannot be read: {first_line(error)}") from error
+    if config.is_prompt_learning:
+        raise UserError(f"The adapter '{source}' is {config.peft_type.value}, which changes no weights: give a LoRA.")
+    if weights.part != WHOLE and config.peft_type != PeftType.LORA:
+        raise UserError(f"The adapter '{source}' is {config.peft_type.value}, which cannot be divided: leave --tp out.")
+    brought = {_base_name(key) for key in stored} & {_base_name(n) for n, _ in weights.hf.named_parameters()}
+    extras = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
+    alone = config.peft_type != PeftType.LORA or brought or any(getattr(config, extra, None) for extra in extras)
+    carrier = _sharing(weights, brought) if alone else weights
+    called = f"tuned_{len(weights.attached)}"  # PEFT finds adapters by name among modules' names
     try:
         with quiet():
-            if weights.peft is None:
-                peft = PeftModel.from_pretrained(weights.hf, source, adapter_name=name)
+            if carrier.peft is None:
+                peft = PeftModel.from_pretrained(carrier.hf, source, adapter_name=called)
             else:
-                peft = weights.peft
-                peft.load_adapter(source, adapter_name=name)
-    except (RuntimeError, ValueError) as error:
+                peft = carrier.peft
+                peft.load_adapter(source, adapter_name=called)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
         what = "this base model" if weights.part == WHOLE else "a tensor-parallel model, though it may fit a whole one"
         raise UserError(f"The adapter '{source}' does not fit {what}: {first_line(error)}") from error
-    placed = sum(f".{name}." in f"{key}." and (".lora_" in key or ".ia3_" in key) for key in peft.state_dict())
-    if placed != len(stored):
+    placed = set(get_peft_model_state_dict(peft, adapter_name=called, save_embedding_layers=False))
+    lost = {key for key in stored ^ placed if _base_name(key) not in brought}
+    if lost:
         raise UserError(
-            f"The adapter '{source}' holds {len(stored)} tensors but {placed} have a place in this base model: "
-            f"give the base that it was trained on."
+            f"The adapter '{source}' holds {len(stored)} tensors, but {len(lost)} have a place in only one of it and "
+            f"this base model, such as {min(lost)}: give the base that it was trained on."
         )
     peft.eval()
     peft.requires_grad_(False)
-    weights.peft, weights.on = peft, name
+    carrier.peft, carrier.on = peft, called
+    if carrier is weights:
+        carrier.switch(None)
     weights.attached.append(name)
-    weights.switch(None)
+    return carrier, called
+
+
+def _sharing(weights: Weights, brought: Collection[str]) -> Weights:
+    """A model without adapters on the same parameters, but for copies of those in ``brought``."""
+    memo: dict[int, Any] = {}
+    for name, parameter in weights.hf.named_parameters():
+        if _base_name(name) in brought:
+            memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+        elif type(parameter) is nn.Parameter:
+            memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        else:  # quantised
+            memo[id(parameter)] = parameter
+    hf = copy.deepcopy(weights.hf, memo) if weights.peft is None else copy.deepcopy(weights.peft, memo).unload()
+    return Weights(hf, part=weights.part, last_projection=weights.last_projection)
+
+
+def _base_name(name: str) -> str:
+    """The name that a parameter of the base model has without adapters, of its name under PEFT or in a file of it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 @contextmanager

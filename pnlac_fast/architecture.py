@@ -208,7 +208,7 @@ def _outside_attention(block: nn.Module, front: str = "") -> Iterator[tuple[str,
             continue
         yield front + name, child
         if _widths(plain(child)) is None:
-            yield from _outside_attention(child, f"{front}{name}.")
+            yield from _outside_attention(plain(child), f"{front}{name}.")
 
 
 def _widths(module: Any) -> tuple[int, int] | None:

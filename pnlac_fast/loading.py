@@ -169,9 +169,9 @@ def load_tuned(base: Model, source: str | Path, *, name: str | None = None) -> M
         return tuned
     if not (Path(source) / "adapter_model.safetensors").is_file():
         raise UserError(f"The adapter '{source}' has no adapter_model.safetensors: save it with safetensors.")
-    attach(base.weights, source, name)
+    weights, adapter = attach(base.weights, source, name)
     origin = {"source": source, "sha256": weights_sha256(source), "type": "adapter", **_finetune_record(source)}
-    return Model(base.weights, base.tokenizer, name, origin, adapter=name)
+    return Model(weights, base.tokenizer, name, origin, adapter=adapter)
 
 
 def open_models(model: Model | str | Path, tuned: Mapping[str, Model | str | Path]) -> tuple[Model, dict[str, Model]]:
