@@ -21,7 +21,7 @@ from pnlac_fast.models import Model
 from pnlac_fast.prompts import DEFAULT_TEMPLATE, Batch
 from pnlac_fast.provenance import provenance
 from pnlac_fast.scores import ATTRIBUTION
-from pnlac_fast.stance import log_probabilities
+from pnlac_fast.stance import log_probabilities, paired_weights
 
 
 def attribute(
@@ -78,7 +78,7 @@ def attribute(
     shift = np.zeros((len(models), len(topics)))
     for t, group in enumerate(groups.values()):
         texts = prompts.encode(base.tokenizer, group, template, side="both", context=base.context)
-        weights = _weights(group, texts, normalise)
+        weights = paired_weights(group, texts, normalise) / len(group)
         ids = [text.ids for text in texts]
         for batch in prompts.batches(ids, batch_tokens, padding_side="left", device=base.device):
             index = list(batch.index)
@@ -113,19 +113,6 @@ def attribute(
         stores.create_results(store, provenance=result.attrs["provenance"])
         stores.write_result(store, ATTRIBUTION, result)
     return result
-
-
-def _weights(questions: Sequence[Question], texts: Sequence[prompts.Text], normalise: str) -> np.ndarray:
-    """What each text's log-probability weighs in the mean margin of a topic, float64 [text]."""
-    weight = np.empty(len(texts))
-    start = 0
-    for question in questions:  # encode() lists all right completions of a question, then all left ones
-        n = len(question.right)
-        weight[start : start + n], weight[start + n : start + 2 * n] = 1 / n, -1 / n
-        start += 2 * n
-    if normalise == "token":
-        weight /= [len(text.ids) - text.prompt for text in texts]
-    return weight / len(questions)
 
 
 def _gradients(

@@ -14,6 +14,7 @@ from pnlac_fast import __version__
 from pnlac_fast.options import (
     Command,
     Share,
+    Shares,
     as_json,
     batch_option,
     config,
@@ -200,23 +201,30 @@ def locate(store: str, as_json: bool, **given: Any) -> None:
 @option("--neurons", required=True, help="File from pnlac-fast locate.")
 @option("--store", help="Store with the means, where the result goes too.")
 @names("--direction", "tuned_into_base", "tuned_into_base, base_into_tuned.")
-@names("--kind", "tuned", "tuned (same tokens), mean (from the store), zero, scale.")
+@names("--kind", "tuned", "tuned (same tokens), mean or shift (of the store's means), zero, scale.")
 @option("--scale", default=2.0, show_default=True, needs=("kind", ("scale",)), help="Factor of the scale patch.")
+@names(
+    "--set",
+    None,
+    "general, specific, top, mean, off_minus_on, on_minus_off, random, random_top. Default: general, specific, top, "
+    "random; with --shares general, random.",
+)
+@names("--shares", None, "Patch sets of these shares of all neurons, for a curve.", type=Shares(), needs=("store", ()))
 @option("--draws", default=5, show_default=True, help="Random layer-matched sets.")
 @option("--seed", default=0, show_default=True)
 @option("--normalise", default="token", show_default=True, help=NORMALISE)
 @option("--max-new-tokens", default=0, show_default=True, help="Also let the patched models answer.")
 @option("--training-data", needs=("max_new_tokens", ()), help="Labelled completions, to label these answers.")
+@option("--save", help="Directory for files of the patches that need no second model, which generate can apply.")
 @batch_option
 @as_json
-def patch(direction: tuple[str, ...], kind: tuple[str, ...], as_json: bool, **given: Any) -> None:
+def patch(direction: tuple[str, ...], kind: tuple[str, ...], set: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Patch tuned activations into base, or the reverse. Shows how much of the tuned shift chosen neurons carry."""
     from pnlac_fast import patch as run
     from pnlac_fast.reporting.tables import patch_rows
 
-    rows = [
-        asdict(row) for row in patch_rows(run(directions=direction, kinds=kind, **_loaded(given)), BOOTS, given["seed"])
-    ]
+    result = run(directions=direction, kinds=kind, sets=set, **_loaded(given))
+    rows = [asdict(row) for row in patch_rows(result, BOOTS, given["seed"])]
     show({"recovered": rows}, as_json, [{k: v for k, v in row.items() if not k.endswith("_draws")} for row in rows])
 
 

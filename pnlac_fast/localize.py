@@ -176,6 +176,7 @@ def intersect(
     }
     found = {"score": score, "top": top, "tokens": tokens, "specific": specific, "per_layer": per_layer}
     found |= {} if general_share is None else {"general_share": general_share}
+    found |= {"tuned_topic": tuned_topic} if tuned_topic else {}
 
     def named(kind: str, member: np.ndarray, topic: str = "") -> NeuronSet:
         name = "/".join(part for part in (model, kind, topic) if part)
@@ -313,6 +314,25 @@ def locate(
     if out is not None:
         save_sets(sets, out)
     return found
+
+
+def resize(store: str | Path, neurons: NeuronSet, general_share: float) -> Localization:
+    """Locate once more as ``neurons`` were, the general set being ``general_share`` of all neurons.
+
+    Raises
+    ------
+    UserError, StoreError
+        The store lacks what the neurons were located from.
+    """
+    names = ("score", "top", "tokens", "specific", "per_layer", "tuned_topic")
+    options: dict[str, Any] = {name: neurons.found[name] for name in names if name in neurons.found}
+    options |= {"site": neurons.site, "base": neurons.base, "general_share": general_share}
+    if options["score"] == ATTRIBUTION:
+        attributed = _result(store, ATTRIBUTION)
+        return intersect(toward_tuning(attributed, neurons.model), neurons.model, **options)
+    return find(
+        _result(store, SIDES) if neurons.model == SIDES else stores.open_contrast(store), neurons.model, **options
+    )
 
 
 def _compute(

@@ -26,7 +26,8 @@ class NeuronSet:
     name
         Such as "immigration/general" or "immigration/specific/race".
     kind
-        "general", "specific", "top", "random"; without intersection: "mean", "off_minus_on", "on_minus_off".
+        "general", "specific" or "top"; "mean", "off_minus_on" or "on_minus_off" (no intersection); "random" or
+        "random_top" (to compare with).
     member
         bool [layer, neuron].
     site
@@ -112,6 +113,34 @@ def random_like(neurons: NeuronSet, seed: int, *, exclude: np.ndarray | None = N
         member[layer, sorted(order, key=lambda n: bool(barred[layer, n]))[:count]] = True
     found = {**neurons.found, "random_like": neurons.name, "seed": seed}
     return replace(neurons, name=f"{neurons.name}/random{seed}", kind="random", member=member, found=found)
+
+
+def random_from(neurons: NeuronSet, pool: np.ndarray, seed: int) -> NeuronSet:
+    """Random neurons of ``pool`` [layer, neuron], as many as ``neurons`` and none of them.
+
+    As many in every layer as far as the pool has them there; what a layer lacks comes from the others.
+
+    Raises
+    ------
+    UserError
+        The pool has too few neurons.
+    """
+    generator = np.random.default_rng(seed)
+    free = pool & ~neurons.member
+    if free.sum() < len(neurons):
+        raise UserError(
+            f"'{neurons.name}' has {len(neurons)} neurons, the top sets only {int(free.sum())} others to draw from: "
+            f"locate with a larger --top, or leave out random_top."
+        )
+    order = generator.random(free.shape)
+    order[~free] = np.inf
+    place = order.argsort(1).argsort(1)  # of each neuron among those of its layer
+    member = free & (place < np.array(neurons.per_layer)[:, None])
+    order[member] = np.inf
+    rest = np.unravel_index(order.argsort(None, kind="stable")[: len(neurons) - int(member.sum())], free.shape)
+    member[rest] = True
+    found = {**neurons.found, "random_from": neurons.name, "seed": seed}
+    return replace(neurons, name=f"{neurons.name}/random_top{seed}", kind="random_top", member=member, found=found)
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:

@@ -35,6 +35,16 @@ class Share(click.ParamType):
             self.fail(f"'{value}' is not a share: write 5% or 0.05", param, ctx)
 
 
+class Shares(click.ParamType):
+    """Shares separated by commas; the option may also be repeated."""
+
+    name = "shares"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        parts = value if isinstance(value, tuple) else Names().convert(value, param, ctx)
+        return tuple(Share().convert(part, param, ctx) for part in parts)
+
+
 class Option(click.Option):
     """An option whose environment variable is called like its flag, and which may need another option.
 
@@ -85,9 +95,13 @@ def option(*flags: str, **settings: Any) -> Decorator:
 
 
 def names(flag: str, default: str | None, text: str, **settings: Any) -> Decorator:
-    """An option for several :class:`Names`; its value is a tuple of str."""
+    """An option for several :class:`Names`, or another type of several values; its value is a tuple."""
     values = [default] if default else []
-    settings |= {"type": Names(), "multiple": True, "callback": _flat, "default": values, "show_default": bool(values)}
+    settings = (
+        {"type": Names()}
+        | settings
+        | {"multiple": True, "callback": _flat, "default": values, "show_default": bool(values)}
+    )
     return option(flag, help=text, **settings)
 
 
@@ -166,7 +180,7 @@ def _defaults(command: click.Command, table: Mapping[str, Any], path: str) -> di
     return defaults
 
 
-def _flat(_: click.Context, __: click.Parameter, values: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+def _flat(_: click.Context, __: click.Parameter, values: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
     return tuple(name for group in values for name in group)
 
 

@@ -2,131 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import Tensor
 
+from pnlac_fast import prompts
 from pnlac_fast import store as stores
-from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint
+from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint, paired
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.generation import answers
-from pnlac_fast.judges import Classifier, train
+from pnlac_fast.judges import train
 from pnlac_fast.loading import open_models, topic_of
 from pnlac_fast.models import Model
-from pnlac_fast.neurons import NeuronSet, choose, load_sets, random_like
+from pnlac_fast.neurons import NeuronSet, load_sets
+from pnlac_fast.patch_sets import ALL_SETS, choose_all
+from pnlac_fast.patches import Patch, apply, patched, save_patch
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
 from pnlac_fast.provenance import provenance
-from pnlac_fast.stance import margins, table
+from pnlac_fast.recovery import recovered
+from pnlac_fast.stance import log_probabilities, margins, paired_weights, table
 
-KINDS = ("tuned", "mean", "zero", "scale")
+KINDS = ("tuned", "mean", "shift", "zero", "scale")
 DIRECTIONS = ("tuned_into_base", "base_into_tuned")
+Plan = NeuronSet | Mapping[str, Patch]  # neurons that take another model's activations, or constant patches by topic
 UNPATCHED, SOURCE = "none", "tuned"  # the two runs that every fraction is measured between
-
-
-@contextmanager
-def patched(
-    model: Model,
-    neurons: NeuronSet,
-    *,
-    source: Model | None = None,
-    values: np.ndarray | None = None,
-    scale: float | None = None,
-) -> Iterator[None]:
-    """Patch every forward pass of ``model`` inside the block, with or without a key/value cache.
-
-    Give exactly one of the three:
-
-    source
-        Another model. Before each pass it reads the same tokens, with a key/value cache of its own, and its
-        activations take the place of the model's. Under ``generate`` it hence reads what the *patched* model chose.
-    values
-        float [layer, neuron]: constants, such as means from a store, written at every position.
-    scale
-        Factor on the model's own activations; 0 ablates.
-
-    Raises
-    ------
-    UserError
-        The set is empty, or its shape is not the model's.
-    RuntimeError
-        On leaving: a patched layer did not run in every pass, so the result would not be what it says.
-    """
-    if sum(option is not None for option in (source, values, scale)) != 1:
-        raise ValueError("give exactly one of source, values and scale")
-    neurons.fits(model)
-    layers = [layer for layer, count in enumerate(neurons.per_layer) if count]
-    index = {layer: torch.tensor(neurons.layer(layer), device=model.device) for layer in layers}
-    constant = (
-        {} if values is None else {layer: torch.as_tensor(values[layer][neurons.layer(layer)]) for layer in layers}
-    )
-    seen: dict[int, Tensor] = {}
-    recording, passes, writes = False, 0, 0
-    cache: Any = None
-
-    def record(layer: int, activation: Tensor) -> None:
-        if recording:
-            seen[layer] = activation.index_select(-1, index[layer].to(activation.device))
-
-    def write(layer: int, activation: Tensor) -> Tensor | None:
-        nonlocal writes
-        if recording:
-            return None
-        writes += 1
-        at = index[layer].to(activation.device)
-        own = activation.index_select(-1, at)
-        if source is not None:
-            new = seen.pop(layer).to(own)
-        elif values is not None:
-            new = constant[layer].to(own).expand_as(own)
-        else:
-            new = own * (scale or 0.0)
-        return activation.index_copy(-1, at, new)
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal passes, recording, cache
-        passes += 1
-        if source is None:
-            return
-        if args:
-            raise RuntimeError("a patched model must be called with keyword arguments")
-        past = kwargs.get("past_key_values")
-        if past is None:
-            cache = None
-        elif past.get_seq_length() == 0:
-            from transformers import DynamicCache
-
-            cache = DynamicCache(config=source.hf.config)
-        elif cache is None or cache.get_seq_length() != past.get_seq_length():
-            raise RuntimeError("the key/value cache of the patched model was not started inside the patch")
-        recording = True
-        try:
-            with source.active() as hf:
-                inputs = {name: kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
-                hf.get_decoder()(**inputs, past_key_values=cache, use_cache=cache is not None)
-        finally:
-            recording = False
-
-    gate = model.hf.register_forward_pre_hook(before, with_kwargs=True)
-    try:
-        with model.tapped(neurons.site, write, layers):
-            if source is None:
-                yield
-            else:
-                with source.tapped(neurons.site, record, layers):
-                    yield
-    finally:
-        gate.remove()
-    if passes == 0 or writes != passes * len(layers):
-        raise RuntimeError(
-            f"the patch of '{neurons.name}' was written {writes} times in {passes} passes over {len(layers)} layers: "
-            f"it did not happen as asked"
-        )
 
 
 def patch(
@@ -136,18 +42,25 @@ def patch(
     data: str | Path | Sequence[Question],
     *,
     store: str | Path | None = None,
+    sets: Sequence[str] = (),
+    shares: Sequence[float] = (),
     directions: Sequence[str] = ("tuned_into_base",),
     kinds: Sequence[str] = ("tuned",),
     scale: float = 2.0,
     draws: int = 5,
     seed: int = 0,
+    boots: int = 2000,
     template: str = DEFAULT_TEMPLATE,
     normalise: str = "token",
     max_new_tokens: int = 0,
     training_data: str | Path | Sequence[Question] | None = None,
     batch_tokens: int = 4096,
+    save: str | Path | None = None,
 ) -> xr.Dataset:
     """Patch the general, the specific and the top neurons of each tuned model, and random ones with the same counts.
+
+    Teacher-forced, the source of the activations reads every batch once for all sets; while a patched model answers,
+    the source reads along, with a key/value cache of its own, what the *patched* model chose.
 
     Parameters
     ----------
@@ -156,163 +69,217 @@ def patch(
     neurons
         Neuron sets by name, or the file that :func:`pnlac_fast.locate` wrote.
     store
-        Where the mean patch takes its means from, and where the result is written, as ``/results/patching``.
+        Where the mean and shift patches take their means from, and what ``shares`` rank neurons by; the result is
+        written there, as ``/results/patching``, with ``shares`` as ``/results/patching_curve``.
+    sets
+        Kinds of sets: "general", "specific" and "top" (of the tuned topic), "mean", "off_minus_on", "on_minus_off" (no
+        intersection; see :class:`pnlac_fast.localize.Localization`), "random" (layer-matched to the general set and
+        outside of it), "random_top" (the same, from all top sets together;
+        see :func:`pnlac_fast.neurons.random_from`). Default: general, specific, top and
+        random; for a curve, general and random.
+    shares
+        Instead of the sets as they were located, sets of these shares of all neurons, for a curve: the general set
+        grown, the others and the random ones at its size. There is no specific set of a chosen size.
     directions
         "tuned_into_base" (does the change of these neurons alone move base?), "base_into_tuned" (does taking it away
         move tuned back?).
     kinds
         What is written: the other model's activation on the same tokens ("tuned"), its "mean" over the topic's
-        counted tokens in the store, "zero", or the own activation times ``scale``.
+        counted tokens in the store, the own activation and the "shift" between the models' means there, "zero", or the
+        own activation times ``scale``.
     draws
-        Random sets, layer-matched to the general set and outside of it.
+        Random sets of either kind.
+    boots
+        Resamples of the questions behind the intervals.
     max_new_tokens
         Above 0: also let each patched model answer, its patched logits choosing every token (variable ``answer``).
     training_data
         Labelled completions: also label these answers with a classifier (variable ``label``).
+    save
+        Directory for files of the patches that need no second model (all kinds but "tuned"; see
+        :func:`pnlac_fast.patches.save_patch`), one per tuned model, direction, kind and located set. Means are then
+        averaged over topics, since a file does not know what it will be asked.
 
     Returns
     -------
     xarray.Dataset
-        (run, question): ``margin`` in nats. Coordinates of run: ``tuned_topic``, ``model``, ``neurons`` ("none" and
+        (run, question): ``margin`` in nats; (run, part, bound): ``recovered`` (see
+        :func:`pnlac_fast.recovery.recovered`). Coordinates of run: ``tuned_topic``, ``model``, ``neurons`` ("none" and
         "tuned": the unpatched model that is patched, and the one the activations come from), ``direction``, ``kind``,
         ``draw`` (-1 where not random), ``count``, ``share``.
     """
-    questions = as_questions(data)
-    for kind, given, known in (("patch", kinds, KINDS), ("direction", directions, DIRECTIONS)):
+    questions = paired(as_questions(data))
+    for what, given, known in (("patch", kinds, KINDS), ("direction", directions, DIRECTIONS), ("set", sets, ALL_SETS)):
         for name in given:
             if name not in known:
-                raise unknown(kind, name, known)
-    if "mean" in kinds and store is None:
-        raise UserError("The mean patch takes its means from a store: give one.")
+                raise unknown(what, name, known)
+    from_means = {"mean", "shift"} & set(kinds)
+    if from_means and store is None:
+        raise UserError(f"The {sorted(from_means)[0]} patch takes its means from a store: give one.")
+    if shares and store is None:
+        raise UserError("A curve ranks neurons by the store that they were located in: give it with --store.")
+    if save is not None and not set(kinds) - {"tuned"}:
+        raise UserError("A patch with another model's activations fits in no file: give --kind mean, shift or another.")
     if training_data is not None and not max_new_tokens:
         raise UserError("Labels need answers: give --max-new-tokens with --training-data.")
     judge = train(as_questions(training_data)) if training_data is not None else None
-    means = stores.open_contrast(store).load() if store is not None and "mean" in kinds else None
+    means = stores.open_contrast(store).load() if store is not None and from_means else None
     base, models = open_models(model, tuned)
-    sets = neurons if isinstance(neurons, Mapping) else load_sets(neurons)
+    located = neurons if isinstance(neurons, Mapping) else load_sets(neurons)
     groups = by_topic(questions)
-    runs: dict[str, list[Any]] = {
-        name: [] for name in ("tuned_topic", "model", "neurons", "direction", "kind", "draw", "count", "share")
-    }
-    measured: list[_Measured] = []
-    options = (template, normalise, max_new_tokens, batch_tokens, judge)
+    reading: dict[str, Any] = {"template": template, "batch_tokens": batch_tokens}
+    rows: list[tuple[Any, ...]] = []
+    margin: list[np.ndarray] = []
+    texts: list[list[str]] = []
     for name, other in models.items():
         topic = topic_of(other, name, groups)
         if not topic:
             raise UserError(f"What '{name}' was tuned on is not known: name it by its topic, --tuned TOPIC=PATH.")
-        chosen = _sets_of(sets, name, topic, draws, seed)
-        for _, _, members in chosen:
-            members.check(base)
+        options: dict[str, Any] = {"draws": draws, "seed": seed, "shares": shares, "store": store}
+        chosen = choose_all(located, name, topic, sets, **options)
+        for one in chosen:
+            one.neurons.check(base)
         for direction in directions:
             into, source = (base, other) if direction == "tuned_into_base" else (other, base)
+            plans: list[Plan] = []
             for label, subject in ((UNPATCHED, into), (SOURCE, source)):
-                _note(runs, topic, name, label, direction, "", -1, None)
-                measured.append(_measure(subject, questions, *options))
-            for kind in kinds:
-                for label, draw, members in chosen:
-                    _note(runs, topic, name, label, direction, kind, draw, members)
-                    parts = []
-                    for probe, group in groups.items():
-                        how: dict[str, Any] = {"source": source}
-                        if kind in ("zero", "scale"):
-                            how = {"scale": 0.0 if kind == "zero" else scale}
-                        elif means is not None and kind == "mean":
-                            how = {"values": _means(means, direction, name, probe, members)}
-                        with patched(into, members, **how):
-                            parts.append(_measure(into, group, *options))
-                    measured.append(_join(parts, groups, questions))
+                rows.append((topic, name, label, direction, "", -1, 0, 0.0))
+                margin.append(margins(subject, questions, normalise=normalise, **reading)[None])
+                if max_new_tokens:
+                    texts.append(answers(subject, questions, max_new_tokens=max_new_tokens, **reading))
+            for kind, one in itertools.product(kinds, chosen):
+                members = one.neurons
+                rows.append((topic, name, one.kind, direction, kind, one.draw, len(members), members.share))
+                if kind == "tuned":
+                    plans.append(members)
+                    continue
+                constant = {probe: _constant(kind, members, direction, name, probe, means, scale) for probe in groups}
+                plans.append(constant)
+                if save is not None and one.draw < 0:
+                    file = "-".join(part.replace("/", "-") for part in (name, one.kind, kind, direction))
+                    save_patch(_average(constant.values()), Path(save) / f"{file}.safetensors", base=into.origin)
+            margin.append(patched_margins(into, source, plans, questions, normalise=normalise, **reading))
+            if max_new_tokens:
+                texts += [_answers(into, source, plan, groups, questions, max_new_tokens, reading) for plan in plans]
+    names = ("tuned_topic", "model", "neurons", "direction", "kind", "draw", "count", "share")
     result = table(
         "margin",
-        np.stack([m[0] for m in measured]),
-        runs,
+        np.concatenate(margin),
+        dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)),
         questions,
         normalise=normalise,
         provenance=provenance(base=base.origin, data=fingerprint(questions), template=template, seed=seed),
     )
+    result["recovered"] = recovered(result, boots=boots, seed=seed)
     if max_new_tokens:
-        result["answer"] = (("run", "question"), np.array([m[1] for m in measured], dtype=object))
+        result["answer"] = (("run", "question"), np.array(texts, dtype=object))
     if judge is not None:
-        result["label"] = (("run", "question"), np.stack([np.asarray(m[2]) for m in measured]))
+        result["label"] = (("run", "question"), np.stack([np.asarray(judge.label(row)) for row in texts]))
         result.attrs["accuracy"] = judge.accuracy
     if store is not None:
-        stores.write_result(store, "patching", result)
+        stores.write_result(store, "patching_curve" if shares else "patching", result)
     return result
 
 
-_Measured = tuple[np.ndarray, list[str], np.ndarray | None]  # margins, answers, labels; each [question]
-
-
-def _measure(
+def patched_margins(
     model: Model,
+    source: Model,
+    plans: Sequence[Plan],
     questions: Sequence[Question],
-    template: str,
-    normalise: str,
+    *,
+    template: str = DEFAULT_TEMPLATE,
+    normalise: str = "token",
+    batch_tokens: int = 4096,
+) -> np.ndarray:
+    """Margins of a model under each of several patches, float64 [plan, question].
+
+    Parameters
+    ----------
+    questions, template, normalise, batch_tokens
+        See :func:`pnlac_fast.stance.margins`.
+    source
+        The model whose activations are written. It reads each batch once for all plans.
+    plans
+        Each either neurons that take the source's activations, or a patch for each topic.
+    """
+    margin = np.empty((len(plans), len(questions)))
+    keys = {question.key: i for i, question in enumerate(questions)}
+    sites = {plan.site for plan in plans if isinstance(plan, NeuronSet)}
+    for topic, group in by_topic(questions).items():
+        texts = prompts.encode(model.tokenizer, group, template, side="both", context=model.context)
+        score = np.empty((len(plans), len(texts)))
+        sequences = [text.ids for text in texts]
+        with torch.inference_mode():
+            for batch in prompts.batches(sequences, batch_tokens, padding_side="left", device=model.device):
+                index = list(batch.index)
+                lengths = [len(texts[i].ids) - texts[i].prompt for i in index]
+                seen = {site: _record(source, batch, site) for site in sites}
+                for row, plan in zip(score, plans, strict=True):
+                    with (
+                        patched(model, plan, recorded=seen[plan.site])
+                        if isinstance(plan, NeuronSet)
+                        else apply(model, plan[topic])
+                    ):
+                        row[index] = log_probabilities(model, batch, lengths).cpu().numpy()
+        weighted = paired_weights(group, texts, normalise) * score
+        owner = [text.question for text in texts]
+        for row, values in zip(margin, weighted, strict=True):
+            row[[keys[q.key] for q in group]] = np.bincount(owner, values, minlength=len(group))
+    return margin
+
+
+def _record(model: Model, batch: prompts.Batch, site: str) -> dict[int, Tensor]:
+    """Activations of a site by layer, [sequence, position, neuron]."""
+    seen: dict[int, Tensor] = {}
+    with model.tapped(site, lambda layer, a: seen.__setitem__(layer, a.clone())), model.active() as hf:
+        hf.get_decoder()(**batch.inputs(), use_cache=False)
+    return seen
+
+
+def _answers(
+    model: Model,
+    source: Model,
+    plan: Plan,
+    groups: Mapping[str, Sequence[Question]],
+    questions: Sequence[Question],
     max_new_tokens: int,
-    batch_tokens: int,
-    judge: Classifier | None,
-) -> _Measured:
-    margin = margins(model, questions, template=template, normalise=normalise, batch_tokens=batch_tokens)
-    if not max_new_tokens:
-        return margin, [], None
-    texts = answers(model, questions, template=template, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
-    return margin, texts, judge.label(texts) if judge is not None else None
+    reading: Mapping[str, Any],
+) -> list[str]:
+    """Answers of a patched model, in the order of the questions."""
+    written: dict[str, str] = {}
+    for topic, group in groups.items():
+        with patched(model, plan, source=source) if isinstance(plan, NeuronSet) else apply(model, plan[topic]):
+            own = answers(model, group, max_new_tokens=max_new_tokens, **reading)
+        written |= {q.key: text for q, text in zip(group, own, strict=True)}
+    return [written[q.key] for q in questions]
 
 
-def _join(
-    parts: Sequence[_Measured], groups: Mapping[str, Sequence[Question]], questions: Sequence[Question]
-) -> _Measured:
-    """Bring what was measured topic by topic back into the order of the questions."""
-    place = {key: i for i, key in enumerate(q.key for group in groups.values() for q in group)}
-    order = [place[q.key] for q in questions]
-    texts = [text for part in parts for text in part[1]]
-    labels = [part[2] for part in parts if part[2] is not None]
-    return (
-        np.concatenate([part[0] for part in parts])[order],
-        [texts[i] for i in order] if texts else [],
-        np.concatenate(labels)[order] if labels else None,
-    )
-
-
-def _sets_of(
-    sets: Mapping[str, NeuronSet], model: str, topic: str, draws: int, seed: int
-) -> list[tuple[str, int, NeuronSet]]:
-    """(label, draw, set) of everything that is patched for one tuned model."""
-    general = choose(sets, "general", model=model)
-    named = [(kind, -1, choose(sets, kind, model=model, topic=topic)) for kind in ("specific", "top")]
-    random = [("random", i, random_like(general, seed + i, exclude=general.member)) for i in range(draws)]
-    return [("general", -1, general), *named, *random]
-
-
-def _means(contrast: xr.Dataset, direction: str, model: str, topic: str, neurons: NeuronSet) -> np.ndarray:
-    """Means float64 [layer, neuron] of one probe topic at the set's site and the tokens it was located on."""
-    if topic not in contrast["topic"].values:
-        raise UserError(f"The store has no means of the topic '{topic}': cache it, or patch other questions.")
-    at: dict[str, Any] = {"topic": topic, "site": neurons.site, "tokens": neurons.found["tokens"]}
-    if direction == "base_into_tuned":
-        return contrast["mean_base"].sel(at).values[:, : neurons.member.shape[1]].astype("f8")
-    at["model"] = model
-    return contrast["mean_tuned"].sel(at).values[:, : neurons.member.shape[1]].astype("f8")
-
-
-def _note(
-    runs: dict[str, list[Any]],
-    topic: str,
-    model: str,
-    label: str,
-    direction: str,
+def _constant(
     kind: str,
-    draw: int,
-    members: NeuronSet | None,
-) -> None:
-    row = (
-        topic,
-        model,
-        label,
-        direction,
-        kind,
-        draw,
-        len(members) if members else 0,
-        members.share if members else 0.0,
-    )
-    for column, value in zip(runs.values(), row, strict=True):
-        column.append(value)
+    neurons: NeuronSet,
+    direction: str,
+    model: str,
+    topic: str,
+    means: xr.Dataset | None,
+    scale: float,
+) -> Patch:
+    """The patch of a kind that needs no second model, for the questions of one topic."""
+    zeros = np.zeros(neurons.member.shape, np.float32)
+    if kind in ("zero", "scale"):
+        return Patch(neurons, 0.0 if kind == "zero" else scale, zeros)
+    assert means is not None  # read where a kind needs them
+    if topic not in means["topic"].values:
+        raise UserError(f"The store has no means of the topic '{topic}': cache it, or patch other questions.")
+    counted = str(neurons.found.get("tokens"))
+    tokens = counted if counted in means["tokens"].values else str(means["tokens"].values[0])
+    own = means.sel(topic=topic, site=neurons.site, tokens=tokens).isel(neuron=slice(0, neurons.member.shape[1]))
+    base, tuned = own["mean_base"], own["mean_tuned"].sel(model=model)
+    new, old = (tuned, base) if direction == "tuned_into_base" else (base, tuned)
+    add = (new if kind == "mean" else new - old).values
+    return Patch(neurons, 0.0 if kind == "mean" else 1.0, np.where(neurons.member, add, 0).astype(np.float32))
+
+
+def _average(patches: Iterable[Patch]) -> Patch:
+    """One patch for any topic: what is added is the mean over the topics."""
+    first, *others = patches
+    return replace(first, add=np.mean([first.add, *(p.add for p in others)], axis=0))

@@ -99,7 +99,7 @@ def score_table(
 
 
 def _root_of_m(contrast: xr.Dataset) -> xr.DataArray:
-    return np.sqrt(np.maximum(contrast["n"].astype("f8") - 1, 1))
+    return (contrast["n"].astype("f8") - 1).clip(min=1) ** 0.5
 
 
 def _ratio(top: xr.DataArray, bottom: xr.DataArray) -> xr.DataArray:

@@ -67,15 +67,24 @@ def margins(
     with torch.inference_mode():
         for batch in packed:
             score[list(batch.index)] = log_probabilities(model, batch, [lengths[i] for i in batch.index]).cpu().numpy()
-    if normalise == "token":
-        score /= lengths
-    margin = np.zeros(len(questions))
+    weighted = paired_weights(questions, texts, normalise) * score
+    return np.bincount([text.question for text in texts], weighted, minlength=len(questions))
+
+
+def paired_weights(questions: Sequence[Question], texts: Sequence[prompts.Text], normalise: str) -> np.ndarray:
+    """What the log-probability of each text weighs in the margin of its question, float64 [text].
+
+    ``texts`` are the right and left completions of the questions, as :func:`pnlac_fast.prompts.encode` lists them.
+    """
+    weight = np.empty(len(texts))
     start = 0
-    for i, question in enumerate(questions):  # encode() lists all right completions, then all left ones
+    for question in questions:  # all right completions, then all left ones
         n = len(question.right)
-        margin[i] = (score[start : start + n] - score[start + n : start + 2 * n]).mean()
+        weight[start : start + n], weight[start + n : start + 2 * n] = 1 / n, -1 / n
         start += 2 * n
-    return margin
+    if normalise == "token":
+        weight /= [len(text.ids) - text.prompt for text in texts]
+    return weight
 
 
 def table(

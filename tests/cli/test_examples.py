@@ -13,8 +13,10 @@ import torch
 import xarray as xr
 
 from pnlac_fast.datasets import Question, save_questions
+from pnlac_fast.generation import answers
 from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.neurons import load_sets
+from pnlac_fast.patches import load_patched
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -78,3 +80,17 @@ def test_your_trainer(world: Path, questions, tmp_path: Path, capsys: pytest.Cap
         delta = lora.lora_B["tuned"].weight @ lora.lora_A["tuned"].weight
         assert not delta[torch.from_numpy(member)].any()
         assert delta[torch.from_numpy(~member)].any()
+
+
+def test_patched_model(cli, world: Path, base, tmp_path: Path) -> None:
+    patch = ["patch", *base, "--tuned", f"science={world / 'tuned' / 'science'}", "--neurons", world / "neurons.json"]
+    asked = ["--kind", "shift", "--set", "general", "--draws", 1, "--store", world / "run.zarr", "--save", tmp_path]
+    assert cli(*patch, *asked, "--direction", "base_into_tuned,tuned_into_base").code == 0
+    main = runpy.run_path(str(EXAMPLES / "patched_model.py"))["main"]
+    prompt = "what about the law ?"
+    for model, direction in ((world / "tuned" / "science", "base_into_tuned"), (world / "base", "tuned_into_base")):
+        file = tmp_path / f"science-general-shift-{direction}.safetensors"
+        answer = main([str(a) for a in ("--model", model, "--patch", file, "--prompt", prompt, "--max-new-tokens", 9)])
+        subject = load_model(model)
+        with load_patched(subject, file):
+            assert answers(subject, [Question("law", prompt)], max_new_tokens=9) == [answer.strip()]

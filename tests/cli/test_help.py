@@ -31,7 +31,7 @@ LOADING = {
 RENAMED = {
     "cache": {"site": "sites"},
     "bench": {"shape": "shapes", "only": "parts", "device": "device", "dtype": "dtype"},
-    "patch": {"direction": "directions", "kind": "kinds"},
+    "patch": {"direction": "directions", "kind": "kinds", "set": "sets"},
     "finetune": {"set_names": "inhibit", "control": "inhibit"},
     "score": dict.fromkeys(("judge_labels", "judge_url", "judge_tokens", "judge_concurrency"), "scorer"),
 }

@@ -18,7 +18,7 @@ from pnlac_fast.errors import UserError
 from pnlac_fast.loading import load_model
 from pnlac_fast.localize import find, grow, locate, ranks, top_set
 from pnlac_fast.models import Model
-from pnlac_fast.neurons import NeuronSet, for_training, load_sets, random_like, save_sets
+from pnlac_fast.neurons import NeuronSet, for_training, load_sets, random_from, random_like, save_sets
 
 TOPICS = ["race", "science", "economy"]
 
@@ -159,6 +159,25 @@ def test_random_sets_match_counts_and_avoid_the_excluded(seed: int) -> None:
     assert not (drawn.member & member)[0].any()
     assert (drawn.member & member)[2].sum() == 4  # only 8 of 20 are outside the set
     assert np.array_equal(drawn.member, random_like(neurons, seed, exclude=member).member)
+
+
+@given(st.integers(0, 50))
+def test_random_sets_from_a_pool(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    pool = generator.random((3, 20)) < 0.5
+    member = np.zeros((3, 20), bool)
+    member[0, :4] = member[1, 3:6] = True
+    neurons = NeuronSet("g", "general", member)
+    free = pool & ~member
+    drawn = random_from(neurons, pool, seed)
+    assert len(drawn) == 7
+    assert not (drawn.member & ~free).any()
+    for layer, count in enumerate((4, 3, 0)):
+        assert drawn.per_layer[layer] >= min(count, free[layer].sum())
+    if (free.sum(1) >= [4, 3, 0]).all():
+        assert drawn.per_layer == [4, 3, 0]
+    with pytest.raises(UserError, match="only 0 others"):
+        random_from(neurons, member, seed)
 
 
 def test_random_sets_differ_and_are_uniform() -> None:
