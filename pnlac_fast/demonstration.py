@@ -55,7 +55,7 @@ class Job:
     bed: testbed.Testbed
     topic: str
     neurons: NeuronSet | None = None
-    mode: str = "freeze"
+    mode: str | None = None
     out: Path | None = None
 
 
