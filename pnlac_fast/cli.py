@@ -24,6 +24,7 @@ from pnlac_fast.options import (
     model_options,
     names,
     option,
+    patches_option,
     questions_options,
     reading_options,
     tuned_option,
@@ -300,6 +301,7 @@ def finetune(inhibit: str | None, set_names: Any, control: int | None, as_json: 
 @commands.command(epilog="Example: pnlac-fast generate --model base --data questions --out answers.jsonl")
 @model_options
 @tuned_too_option
+@patches_option
 @data_options
 @option("--out", help="JSONL file for the answers.")
 @option("--sheet", help="CSV sheet for people to label, in random order and without the models' names.")
@@ -310,7 +312,7 @@ def finetune(inhibit: str | None, set_names: Any, control: int | None, as_json: 
 @batch_option
 @as_json
 def generate(as_json: bool, **given: Any) -> None:
-    """Let base and tuned models answer every question."""
+    """Let base, tuned and patched models answer every question."""
     from pnlac_fast import generate as run
 
     records = run(**_loaded(given))

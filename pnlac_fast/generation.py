@@ -15,6 +15,7 @@ from pnlac_fast.errors import UserError
 from pnlac_fast.judges.sheet import write_sheet
 from pnlac_fast.loading import open_models
 from pnlac_fast.models import Model
+from pnlac_fast.patches import load_patch, load_patched, made_for
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
 
 
@@ -79,6 +80,7 @@ def generate(
     data: str | Path | Sequence[Question],
     *,
     tuned: Mapping[str, str | Path | Model] | None = None,
+    patches: Mapping[str, str | Path] | None = None,
     out: str | Path | None = None,
     sheet: str | Path | None = None,
     sheet_rows: int | None = None,
@@ -88,10 +90,13 @@ def generate(
     seed: int = 0,
     batch_tokens: int = 4096,
 ) -> list[dict[str, str]]:
-    """Answers of the base model and of tuned ones to every question.
+    """Answers of the base model, of tuned ones and of patched ones to every question.
 
     Parameters
     ----------
+    patches
+        Files that ``pnlac-fast patch --save`` wrote, by the names under which the patched models answer. Each is
+        applied to the one of the models that it was made for.
     out
         Write the answers here, as JSONL.
     sheet, sheet_rows
@@ -101,19 +106,25 @@ def generate(
     Returns
     -------
     list of dict
-        ``model`` ("base" or the tuned model's name), ``topic``, ``key``, ``instruction``, ``answer``. See
-        :func:`answers` for the other parameters.
+        ``model`` ("base", or the name of the tuned or patched model), ``topic``, ``key``, ``instruction``, ``answer``.
+        See :func:`answers` for the other parameters.
     """
     questions = as_questions(data)
     base, others = open_models(model, tuned or {})
     models = {"base": base, **others}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    options |= {"template": template, "batch_tokens": batch_tokens}
+    found = {name: answers(m, questions, **options) for name, m in models.items()}
+    for name, path in (patches or {}).items():
+        if name in found:
+            raise UserError(f"Two models are called '{name}': name the patch with --patch NAME=PATH.")
+        subject = made_for(load_patch(path), models)
+        with load_patched(subject, path):
+            found[name] = answers(subject, questions, **options)
     records = [
         {"model": name, "topic": q.topic, "key": q.key, "instruction": q.instruction, "answer": answer}
-        for name, m in models.items()
-        for q, answer in zip(
-            questions, answers(m, questions, template=template, batch_tokens=batch_tokens, **options), strict=True
-        )
+        for name, given in found.items()
+        for q, answer in zip(questions, given, strict=True)
     ]
     if out is not None:
         Path(out).write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

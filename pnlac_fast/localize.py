@@ -364,7 +364,7 @@ def _compute(
 
 
 def _result(store: str | Path, name: str) -> xr.Dataset:
-    if not Path(store).exists() or name not in stores.list_results(store):
+    if name not in stores.list_results(store):
         more = " and --tuned" if name == ATTRIBUTION else ""
         raise UserError(f"'{store}' holds no {name} yet: give --model, --data{more} to compute it.")
     return stores.open_result(store, name)

@@ -229,6 +229,9 @@ tuned_option = option(
     "--tuned", required=True, help="Tuned model, an adapter or a full checkpoint. May be repeated.", **_tuned
 )
 tuned_too_option = option("--tuned", help="Tuned model that answers too. May be repeated.", **_tuned)
+patches_option = option(
+    "--patch", "patches", help="File of pnlac-fast patch --save: the model it was made for answers so too.", **_tuned
+)
 questions_options = data_choice(
     required=True, help="Folder in IdeoINST layout, or a .jsonl, .csv, .parquet or .json file."
 )

@@ -206,6 +206,24 @@ def load_patch(path: str | Path) -> Patch:
         raise UserError(f"The patch file '{path}' is damaged ({error}): make it again.") from error
 
 
+def made_for(patch: Patch, models: Mapping[str, Model]) -> Model:
+    """The one of several models that a patch was made for, by the hash or the revision of its weights.
+
+    Raises
+    ------
+    UserError
+        None of them is.
+    """
+    known = {what: patch.neurons.base[what] for what in ("sha256", "revision") if patch.neurons.base.get(what)}
+    for model in models.values():
+        if known and all(model.origin.get(what) == value for what, value in known.items()):
+            return model
+    origin = patch.neurons.base.get("source", "a model without origin")
+    raise UserError(
+        f"The patch of '{patch.neurons.name}' was made for '{origin}', not for {', '.join(models)}: give that model."
+    )
+
+
 @contextmanager
 def load_patched(model: Model | nn.Module, path: str | Path) -> Iterator[NeuronSet]:
     """Patch every forward pass of ``model`` inside the block as a file says; ``generate`` included.

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 import pnlac_fast
 from pnlac_fast import store as stores
 from pnlac_fast.datasets import load_questions
+from pnlac_fast.generation import answers
 from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.localize import locate
 from pnlac_fast.neurons import load_sets
+from pnlac_fast.patches import load_patched
 from pnlac_fast.scoring import score
 from pnlac_fast.stance import margins
 from pnlac_fast.summary import summary
@@ -210,6 +212,29 @@ def test_generate_writes_the_answers_it_prints(cli, base, tuned, tmp_path: Path)
     hot = [done(cli(*asked, "--temperature", 5, "--seed", seed, "--json")).json for seed in (1, 1, 2)]
     assert hot[0] == hot[1] != hot[2]
     assert table(done(cli(*asked)).out)[0].split() == ["model", "topic", "instruction", "answer"]
+
+
+def test_generate_with_patches(cli, world: Path, base, tuned, tmp_path: Path) -> None:
+    directions = ("tuned_into_base", "base_into_tuned")
+    patch = ["patch", *base, *tuned, "--neurons", world / "neurons.json", "--direction", ",".join(directions)]
+    done(cli(*patch, "--kind", "scale", "--scale", -9, "--set", "general", "--draws", 1, "--save", tmp_path))
+    files = {d: tmp_path / f"science-general-scale-{d}.safetensors" for d in directions}
+    asked = ["generate", *base, "--limit", 2, "--max-new-tokens", 8, "--json"]
+    patches = [part for name, file in files.items() for part in ("--patch", f"{name}={file}")]
+    found: dict[str, list[str]] = {}
+    for record in done(cli(*asked, *tuned, *patches)).json:
+        found.setdefault(record["model"], []).append(record["answer"])
+    assert list(found) == ["base", "race", "science", *directions]
+    subjects = {"tuned_into_base": load_model(world / "base"), "base_into_tuned": load_model(world / "tuned/science")}
+    questions = load_questions(world / "data", limit=2)
+    for direction, subject in subjects.items():
+        with load_patched(subject, files[direction]):
+            assert found[direction] == answers(subject, questions, max_new_tokens=8)
+    assert found["tuned_into_base"] != found["base"]
+    refused = cli(*asked, "--patch", files["base_into_tuned"])
+    assert refused.code == 3
+    assert "was made for" in refused.err
+    assert "not for base" in refused.err
 
 
 def test_report_and_env(cli, world: Path, base, tuned, tmp_path: Path) -> None:
