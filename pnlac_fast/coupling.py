@@ -71,7 +71,7 @@ def stances(
         own = names == topic
         total = value[..., own] @ drawn[:, own].T
         n = drawn[:, own].sum(1) if counted is None else counted[..., own] @ drawn[:, own].T
-        columns.append(np.moveaxis(_over(total, n), -1, 0))
+        columns.append(np.moveaxis(over(total, n), -1, 0))
     found = np.stack(columns, axis=-1)
     return found[0] if weights is None else found
 
@@ -86,24 +86,24 @@ def coupling(shift: np.ndarray, tuned: int) -> np.ndarray:
     return np.sqrt(np.mean(off_topic(shift, tuned) ** 2, axis=-1))
 
 
-def _over(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def over(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """The quotient, NaN where there is nothing to divide by."""
     return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=np.asarray(whole) != 0)
 
 
 def coupling_ratio(shift: np.ndarray, tuned: int) -> np.ndarray:
     """Mean off-topic shift, signed, over the on-topic shift."""
-    return _over(off_topic(shift, tuned).mean(-1), shift[..., tuned])
+    return over(off_topic(shift, tuned).mean(-1), shift[..., tuned])
 
 
 def reduction(method: np.ndarray, plain: np.ndarray, tuned: int) -> np.ndarray:
     """1 - C(method) / C(plain), from the shifts [..., topic] of both."""
-    return 1 - _over(coupling(method, tuned), coupling(plain, tuned))
+    return 1 - over(coupling(method, tuned), coupling(plain, tuned))
 
 
 def retention(method: np.ndarray, plain: np.ndarray, tuned: int) -> np.ndarray:
     """On-topic shift of a method over that of plain tuning."""
-    return _over(method[..., tuned], plain[..., tuned])
+    return over(method[..., tuned], plain[..., tuned])
 
 
 def at_shift(trajectory: np.ndarray, tuned: int, target: np.ndarray) -> np.ndarray:

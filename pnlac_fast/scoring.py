@@ -12,10 +12,11 @@ import xarray as xr
 from pnlac_fast import generation
 from pnlac_fast import store as stores
 from pnlac_fast.agreement import agreement
-from pnlac_fast.datasets import Question, as_questions, fingerprint
+from pnlac_fast.datasets import SIDES, Question, as_questions, fingerprint
 from pnlac_fast.errors import UserError
 from pnlac_fast.judges import Judge, open_judge, result_name
 from pnlac_fast.judges.endpoint import Endpoint
+from pnlac_fast.judges.sheet import Sheet
 from pnlac_fast.loading import open_models, topic_of
 from pnlac_fast.models import Model
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
@@ -105,7 +106,9 @@ def score(
         (run, question): ``margin`` in nats; or, from a judge, ``label`` int8 (+1 right, -1 left, 0 neither or none),
         ``unparsed`` bool (no label could be had), the ``answer``, ``mention`` bool (run, question, named: the answer
         names another topic, see :mod:`pnlac_fast.topic_words`), and, where the questions have pairs, ``log_odds``, the
-        margin. Coordinates ``model`` ("base" first) and ``tuned_topic`` on run, ``topic`` and ``key`` on question.
+        margin, and ``completion`` int8 (completion_side, question), the labels of each question's own first right and
+        left completion, which say how good the judge is and how far a stance can go by it. Coordinates ``model``
+        ("base" first), ``tuned_topic`` and ``side`` on run, ``topic`` and ``key`` on question.
     """
     scorers: list[str | Judge] = list(scorer) if isinstance(scorer, list | tuple) else [scorer]
     questions = as_questions(data)
@@ -152,6 +155,17 @@ def score(
     return results
 
 
+def _to_label(
+    judge: Judge, answers: Sequence[Sequence[str]], questions: Sequence[Question]
+) -> tuple[list[str], list[str]]:
+    """What a judge is to label, and the instruction of each: the answers run by run, then the first right completion of
+    every question, then the first left one. Not the completions for people, who read answers only."""
+    texts = [answer for own in answers for answer in own]
+    if not isinstance(judge, Sheet) and all(q.right and q.left for q in questions):
+        texts += [q.completions(side)[0] for side in SIDES for q in questions]
+    return texts, [q.instruction for q in questions] * (len(texts) // len(questions))
+
+
 def estimate(
     scorer: Several,
     tuned: Iterable[str],
@@ -173,9 +187,8 @@ def estimate(
     if not paid:
         raise UserError("None of the scorers costs anything: leave out --dry-run.")
     questions, models = as_questions(data), ["base", *tuned]
-    texts = [text for own in generation.given_answers(answers, models, questions) for text in own]
-    asked = [q.instruction for q in questions] * len(models)
-    return {judge.name: judge.estimate(texts, asked, price) for judge in paid}
+    given = generation.given_answers(answers, models, questions)
+    return {judge.name: judge.estimate(*_to_label(judge, given, questions), price) for judge in paid}
 
 
 def _judges(
@@ -216,10 +229,11 @@ def judged(
     log_odds
         [run, question], to stand beside the labels.
     """
-    texts = [answer for own in answers for answer in own]
-    asked = [q.instruction for q in questions] * len(answers)
-    found = np.asarray(judge.label(texts, asked), float).reshape(len(answers), len(questions))
+    texts, asked = _to_label(judge, answers, questions)
+    found = np.asarray(judge.label(texts, asked), float).reshape(-1, len(questions))
+    found, completions = found[: len(answers)], found[len(answers) :]
     label = np.nan_to_num(found).astype(np.int8)
+    texts, asked = texts[: label.size], asked[: label.size]
     attrs |= {"scorer": judge.name, **judge.provenance, "topic_words": words.validity()}
     result = table("label", label, runs, questions, **attrs)
     cells = ("run", "question")
@@ -231,4 +245,7 @@ def judged(
         result = result.assign_coords(named=np.array(list(words.words), dtype=object))
     if log_odds is not None:
         result["log_odds"] = (cells, log_odds)
+    if len(completions):
+        result["completion"] = (("completion_side", "question"), np.nan_to_num(completions).astype(np.int8))
+        result = result.assign_coords(completion_side=np.array(SIDES, dtype=object))
     return result

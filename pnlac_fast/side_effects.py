@@ -146,7 +146,7 @@ def utility_rows(result: xr.Dataset, *, boots: int = BOOTS, seed: int = 0) -> li
 
 def _passages(text: str | Path | Sequence[str]) -> tuple[str, ...]:
     if isinstance(text, str | Path):
-        if not Path(text).is_file():
+        if not Path(text).exists():
             raise UserError(f"There is no neutral text '{text}': give a file with a passage in each line.")
         text = Path(text).read_text(encoding="utf-8").splitlines()
     passages = tuple(line.strip() for line in text if line.strip())

@@ -10,6 +10,7 @@ import xarray as xr
 
 from pnlac_fast import coupling
 from pnlac_fast.agreement import agreement_rows
+from pnlac_fast.datasets import SIDES
 
 BOOTS = 2000
 
@@ -25,8 +26,10 @@ def summary(result: xr.Dataset, *, measure: str = "margin", boots: int = BOOTS, 
     What a judge said has more: ``unparsed``, the share of answers for which no label could be had; ``log_odds`` and
     ``log_odds_shift``, the paired log-probability beside it, in nats; and ``off_topic``, the mean over topics that were
     not tuned on: share of answers that ``name`` the tuned topic, the same of the base model's (``base_names``), the
-    ``shift`` of S, and ``shift_without``, over the questions on which neither model's answer names the tuned topic.
-    A sheet of people may lack answers: they are left out of S.
+    ``shift`` of S, and ``shift_without``, over the questions on which neither model's answer names the tuned topic. A
+    model whose side is known has ``of_ceiling`` too: its on-topic shift over that of a model which answers with the
+    data's own completions of that side, as the same judge labels them. A sheet of people may lack answers: they are
+    left out of S.
     """
     values = result["margin" if "margin" in result else "label"].transpose("run", "question").values
     measure = measure if "margin" in result else "S"
@@ -48,6 +51,9 @@ def summary(result: xr.Dataset, *, measure: str = "margin", boots: int = BOOTS, 
         log_odds = coupling.stances(
             result["log_odds"].transpose("run", "question").values, topics, order, weights=weights
         )
+
+    ceiling = completions(result, weights, order)
+    sides = [str(s) for s in result["side"].values] if "side" in result.coords else [""] * len(names)
 
     def by_topic(samples: np.ndarray) -> dict[str, list[float]]:
         return {topic: _triple(samples[:, i]) for i, topic in enumerate(order)}
@@ -72,6 +78,9 @@ def summary(result: xr.Dataset, *, measure: str = "margin", boots: int = BOOTS, 
             if (reference := plain.get(tuned[i], i)) != i:
                 record["reduction"] = _triple(coupling.reduction(own, shifts[:, reference], at))
                 record["retention"] = _triple(coupling.retention(own, shifts[:, reference], at))
+            if ceiling is not None and sides[i] in SIDES:
+                whole = ceiling[:, SIDES.index(sides[i]), at] - draws[:, base, at]
+                record["of_ceiling"] = _triple(coupling.over(own[:, at], whole))
             if "mention" in result and tuned[i] in result["named"].values:
                 pair = values[[i, base]]
                 mention = result["mention"].sel(named=tuned[i]).transpose("run", "question").values[[i, base]]
@@ -79,6 +88,33 @@ def summary(result: xr.Dataset, *, measure: str = "margin", boots: int = BOOTS, 
                 record["off_topic"] = _off_topic(pair, mention, given, topics, order, at, weights)
         records.append(record)
     return records
+
+
+def completions(result: xr.Dataset, weights: np.ndarray, order: Sequence[str]) -> np.ndarray | None:
+    """S of the data's own right and left completions by the judge, [draw, side, topic]; None where it has none."""
+    if "completion" not in result:
+        return None
+    labels = result["completion"].transpose("completion_side", "question").values
+    return coupling.stances(labels, [str(t) for t in result["topic"].values], order, weights=weights, measure="S")
+
+
+def known_answers(result: xr.Dataset, *, boots: int = BOOTS, seed: int = 0) -> dict[str, Any]:
+    """How a judge labels the data's own completions, whose sides are known.
+
+    ``error``, the share that it does not give their own side; and ``ceiling``, S of right and of left completions by
+    topic: what a model that answers like the data would score. Intervals resample questions. Empty where the result has
+    no such labels.
+    """
+    topics = [str(t) for t in result["topic"].values]
+    order = list(dict.fromkeys(topics))
+    weights = coupling.resamples(topics, boots, seed)
+    found = completions(result, weights, order)
+    if found is None:
+        return {}
+    labels = result["completion"].transpose("completion_side", "question").values
+    wrong = (labels != np.array([[1], [-1]])).mean(0)
+    ceiling = {t: {side: _triple(found[:, s, i]) for s, side in enumerate(SIDES)} for i, t in enumerate(order)}
+    return {"error": _triple(weights @ wrong / len(topics)), "ceiling": ceiling}
 
 
 def shown(results: Mapping[str, xr.Dataset], measure: str = "margin", seed: int = 0) -> dict[str, Any]:
@@ -90,7 +126,8 @@ def shown(results: Mapping[str, xr.Dataset], measure: str = "margin", seed: int 
     records = [record for result in scored.values() for record in summary(result, measure=measure, seed=seed)]
     known = {
         str(result.attrs["scorer"]): {
-            name: v for name, v in result.attrs.items() if name not in ("scorer", "provenance")
+            **{name: value for name, value in result.attrs.items() if name not in ("scorer", "provenance")},
+            **known_answers(result, seed=seed),
         }
         for result in scored.values()
     }
@@ -116,7 +153,7 @@ def tables(results: Mapping[str, xr.Dataset], records: Sequence[Mapping[str, Any
         for r in records
         for topic, value in r["stance"].items()
     ]
-    figures = ("unlabelled", "unparsed", "coupling", "coupling_ratio", "reduction", "retention")
+    figures = ("unlabelled", "unparsed", "coupling", "coupling_ratio", "reduction", "retention", "of_ceiling")
     models = [
         {
             **{name: r[name] for name in ("scorer", "model")},
@@ -128,11 +165,12 @@ def tables(results: Mapping[str, xr.Dataset], records: Sequence[Mapping[str, Any
     judges = [
         {
             "scorer": result.attrs["scorer"],
-            "accuracy": result.attrs["accuracy"],
-            **{f"without {topic}": value for topic, value in result.attrs["topic_accuracy"].items()},
+            "error_on_completions": known_answers(result).get("error"),
+            "accuracy": result.attrs.get("accuracy"),
+            **{f"without {topic}": value for topic, value in result.attrs.get("topic_accuracy", {}).items()},
         }
         for result in results.values()
-        if "accuracy" in result.attrs
+        if "completion" in result
     ]
     if len({r["scorer"] for r in records}) == 1:
         stances, models = ([{k: v for k, v in row.items() if k != "scorer"} for row in t] for t in (stances, models))

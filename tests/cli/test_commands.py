@@ -159,6 +159,8 @@ def test_score_by_the_classifier(cli, world: Path, base, tuned, questions, tmp_p
     done(cli(*asked, "--temperature", 0.7, "--seed", 3, "--store", world / "run.zarr"))
     stored = stores.open_result(world / "run.zarr", "stance_classifier")
     assert stored["label"].shape == (3, 21)
+    assert stored["side"].values.tolist() == ["", "right", "right"]
+    assert stored["completion"].shape == (2, 21)
     assert set(np.unique(stored["label"])) <= {-1, 0, 1}
     models = done(cli(*asked, "--json")).json["models"]
     assert [m["model"] for m in models] == ["base", "race", "science"]
@@ -186,7 +188,7 @@ def test_score_by_several(cli, world: Path, base, tuned, tmp_path: Path, monkeyp
     monkeypatch.setenv("PNLAC_CACHE", str(tmp_path))
     paid = ["--scorer", "openai:m", "--judge-tokens", 10, "--judge-price", 1, 2, "--dry-run", "--json"]
     cost = done(cli(*asked, *paid)).json["openai:m"]
-    assert cost["answers"] == 63
+    assert cost["answers"] == (3 + 2) * 21  # each question's own completions too
     assert cost["output_tokens_at_most"] == 10 * cost["requests"]
     assert cost["cost_at_most"] == pytest.approx((cost["input_tokens"] + 2 * cost["output_tokens_at_most"]) / 1e6)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,9 +16,10 @@ from pnlac_fast.errors import UserError
 from pnlac_fast.generation import generate
 from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.models import Model
-from pnlac_fast.scoring import score
+from pnlac_fast.scoring import judged, score
 from pnlac_fast.stance import margins
-from pnlac_fast.summary import summary
+from pnlac_fast.summary import known_answers, summary
+from pnlac_fast.topic_words import topic_words
 
 
 def plain_margin(model: Model, question: Question, normalise: str) -> float:
@@ -111,6 +114,33 @@ def test_several_scorers_label_the_same_answers(model_paths, adapter_paths, ques
         score(model_paths["llama"], {"other": adapter_paths["race"]}, held_out[:7], answers=written, **asked)
     with pytest.raises(UserError, match="different names"):
         score(model_paths["llama"], adapter_paths, held_out, scorer=["logprob", "logprob"])
+
+
+def test_a_judge_is_measured_on_completions_whose_sides_are_known(questions) -> None:
+    """A judge that calls everything right except what says equal: half of the fixture's left completions."""
+
+    class Odd:
+        name = "odd"
+        provenance: ClassVar[dict[str, Any]] = {}
+
+        def label(self, answers: Sequence[str], instructions: Sequence[str]) -> np.ndarray:
+            return np.array([np.nan if "?" in text else -1.0 if "equal" in text else 1.0 for text in answers])
+
+    few = [q for q in questions if q.topic != "economy"]
+    written = [["?", *["order"] * (len(few) - 1)], ["equal"] * len(few)]
+    runs = {"model": ["base", "mine"], "tuned_topic": ["", "race"], "method": ["", "plain"], "side": ["", "left"]}
+    result = judged(Odd(), written, few, runs, topic_words(few), np.zeros((2, len(few))), provenance={})
+    assert int(result["unparsed"].sum()) == 1
+    own = np.array([[1 for _ in few], [-1 if "equal" in q.left[0] else 1 for q in few]])
+    assert (result["completion"].values == own).all()
+    found = known_answers(result, boots=100)
+    assert found["error"][0] == pytest.approx((own[1] == 1).sum() / (2 * len(few)))
+    assert found["ceiling"]["race"]["right"] == [1.0, 1.0, 1.0]
+    race = np.array([q.topic == "race" for q in few])
+    left = own[1][race].mean()
+    assert found["ceiling"]["race"]["left"][0] == pytest.approx(left)
+    base = 6 / 7  # one of seven answers has no label
+    assert summary(result, boots=100)[1]["of_ceiling"][0] == pytest.approx((-1 - base) / (left - base))
 
 
 def test_answers_that_change_the_subject_are_told_from_spill_over() -> None:
