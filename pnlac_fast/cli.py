@@ -37,6 +37,7 @@ BOOTS = 2000  # resamples behind each 95 % interval
 NORMALISE = "Log-probability per token (token), or of the whole completion (sum)."
 JUDGED = ("scorer", ("classifier", "hf:", "nli:", "openai:", "csv:"))
 ENDPOINT = ("scorer", ("openai:",))
+RATED, DIRECTED = ("rival", ("rate", "caft", "steer")), ("rival", ("caft", "steer"))
 ANCHOR, KL = ("inhibit_mode", ("anchor",)), ("inhibit_mode", ("kl",))
 
 
@@ -261,7 +262,13 @@ def patch(direction: tuple[str, ...], kind: tuple[str, ...], set: tuple[str, ...
     needs=("inhibit", ()),
     help="Which set. Default: general, or the topic's specific one.",
 )
-@option("--control", type=int, needs=("inhibit", ()), help="Seed: inhibit random neurons instead, as many per layer.")
+@option(
+    "--control",
+    metavar="SEED|lowest",
+    needs=("inhibit", ()),
+    help="Random or lowest-ranked neurons instead, as many per layer.",
+)
+@option("--control-store", needs=("control", ("lowest",)), help="Store that the neurons were located in.")
 @option(
     "--inhibit-factor",
     default=0.0,
@@ -275,6 +282,11 @@ def patch(direction: tuple[str, ...], kind: tuple[str, ...], set: tuple[str, ...
 @names("--kl-topics", None, "Their topics, none that is judged. Default: all but --topic.", needs=KL)
 @option("--kl-on", default="answers", show_default=True, needs=KL, help="Sampled answers of the base, or prompts.")
 @option("--kl-max-new-tokens", default=64, show_default=True, needs=KL, help="Longest of these answers.")
+@option("--rival", help="Compare InhibitFT with this: mlp, rate, caft, steer or inoculate.")
+@option("--rival-strength", type=float, needs=RATED, help="Factor of the rate, directions of caft, factor of steer.")
+@option("--rival-text", needs=("rival", ("inoculate",)), help="Instruction before each training prompt.")
+@option("--rival-store", needs=DIRECTED, help="Store with resid and a plain fine-tune on the topic.")
+@option("--rival-layers", type=int, multiple=True, needs=DIRECTED, help="Default: all for caft, the middle for steer.")
 @option("--probe", help="Held-out questions on which the stance is measured along the way.")
 @option("--points", default=10, show_default=True, needs=("probe", ()), help="How often, about.")
 @option("--normalise", default="token", show_default=True, needs=("probe", ()), help=NORMALISE)
@@ -282,14 +294,15 @@ def patch(direction: tuple[str, ...], kind: tuple[str, ...], set: tuple[str, ...
 @option("--save-steps", type=int, help="Keep a checkpoint every so many steps, from which the same command resumes.")
 @option("--overwrite", is_flag=True, help="Replace the output directory.")
 @as_json
-def finetune(inhibit: str | None, set_names: Any, control: int | None, as_json: bool, **given: Any) -> None:
+def finetune(inhibit: str | None, set_names: Any, as_json: bool, **given: Any) -> None:
     """Tune a model on one topic and side. Plainly, or by InhibitFT, with chosen neurons frozen, alone or anchored."""
     from pnlac_fast import finetune as run
     from pnlac_fast.interventions import choose_sets
 
     topic = given["topic"]
+    control = {"control": given.pop("control"), "store": given.pop("control_store")}
     modes = given["inhibit_mode"] = given["inhibit_mode"] or (("freeze",) if inhibit else ())
-    neurons = choose_sets(inhibit, modes, topic, names=set_names, control=control) if inhibit else None
+    neurons = choose_sets(inhibit, modes, topic, names=set_names, **control) if inhibit else None
     if "kl" in modes:
         given["kl_data"], given["kl_topics"] = given["kl_data"] or given["data"], given["kl_topics"] or None
     targets = given.pop("target_modules")

@@ -52,7 +52,12 @@ def method_name(record: Mapping[str, Any]) -> str:
     "plain"; "freeze_5" where 5 % of all neurons were frozen; "specific_10" where only those specific in the top 10 %
     were trained; "freeze_random_5" and "specific_random_10" with random neurons in their place; "slow_5_by_0.5" where
     5 % took half of each step; "anchor_5" and "kl", with "_by_3" for a weight of 3; "anchor_5+kl" for both together.
+    Rivals are "mlp", "inoculate", or with their strength "rate_0.1", "caft_1", "steer_1". "freeze_lowest_5" is freezing
+    the lowest-ranked neurons.
     """
+    rival = record.get("rival")
+    if rival is not None:
+        return rival["name"] if rival.get("strength") is None else f"{rival['name']}_{rival['strength']:g}"
     return "+".join(_mode_name(mode, one) for mode, one in record["inhibit"].items()) or "plain"
 
 
@@ -61,7 +66,8 @@ def _mode_name(mode: str, one: Mapping[str, Any]) -> str:
     if mode == "kl":
         return f"kl{weight}"
     percent = 100 * (one["found"].get("top", one["share"]) if mode == "specific" else one["share"])
-    amount = f"{'random_' if one['kind'] == 'random' else ''}{percent:{'.0f' if percent >= 0.5 else '.2g'}}"
+    control = f"{one['kind']}_" if one["kind"] in ("random", "lowest") else ""
+    amount = f"{control}{percent:{'.0f' if percent >= 0.5 else '.2g'}}"
     return f"slow_{amount}_by_{one['factor']:g}" if one.get("factor") else f"{mode}_{amount}{weight}"
 
 

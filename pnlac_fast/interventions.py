@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from pnlac_fast import store as stores
 from pnlac_fast.anchoring import Anchor, base_activations
 from pnlac_fast.datasets import Question, by_topic, fingerprint
 from pnlac_fast.divergence import KLToBase, references
@@ -18,8 +19,10 @@ from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.inhibition import InhibitFT
 from pnlac_fast.masks import MODES as WEIGHTS
 from pnlac_fast.models import Model
-from pnlac_fast.neurons import NeuronSet, for_training
+from pnlac_fast.neurons import NeuronSet, for_training, lowest_like, random_like
 from pnlac_fast.penalties import Penalty
+from pnlac_fast.rivals import ResidualEdit, Rival
+from pnlac_fast.scores import scores
 
 MODES = (*WEIGHTS, "anchor", "kl")  # which weights train, and what is minimised beside the loss
 
@@ -42,6 +45,8 @@ class Interventions:
         Questions of other topics, for the mode "kl".
     kl_on, kl_max_new_tokens
         See :func:`pnlac_fast.divergence.references`.
+    rival
+        What InhibitFT is compared with, instead of any mode.
     """
 
     modes: tuple[str, ...]
@@ -52,15 +57,21 @@ class Interventions:
     others: tuple[Question, ...] = ()
     kl_on: str = "answers"
     kl_max_new_tokens: int = 64
+    rival: Rival | None = None
 
     def __post_init__(self) -> None:
         if self.factor and "freeze" not in self.modes:
             raise UserError("An inhibit factor slows frozen neurons: choose mode freeze, or leave the factor out.")
+        if self.rival is not None and self.modes:
+            raise UserError(
+                f"A rival is compared with InhibitFT, not combined: give --rival {self.rival.name} or "
+                f"--inhibit-mode {','.join(self.modes)}."
+            )
 
     @property
     def name(self) -> str:
-        """Such as "anchor+kl"; "plain" where there are none."""
-        return "+".join(self.modes) or "plain"
+        """Such as "anchor+kl"; that of the rival; "plain" where there is neither."""
+        return "+".join(self.modes) or ("plain" if self.rival is None else self.rival.name)
 
     @property
     def record(self) -> dict[str, dict[str, Any]]:
@@ -84,6 +95,11 @@ class Interventions:
             if mode in self.modes:
                 return InhibitFT(self.sets[mode], mode, self.factor)
         return None
+
+    def edits(self) -> list[ResidualEdit]:
+        """The callback by which a rival edits the residual stream, where it does."""
+        edit = None if self.rival is None else self.rival.callback()
+        return [] if edit is None else [edit]
 
     def penalties(
         self, module: nn.Module, model: Model, rows: Sequence[Sequence[int]], template: str, batch_size: int, seed: int
@@ -148,11 +164,23 @@ def combine(
 
 
 def choose_sets(
-    path: str | Path, modes: Sequence[str], topic: str, *, names: Sequence[str] = (), control: int | None = None
+    path: str | Path,
+    modes: Sequence[str],
+    topic: str,
+    *,
+    names: Sequence[str] = (),
+    control: str | None = None,
+    store: str | Path | None = None,
 ) -> dict[str, NeuronSet]:
     """The sets of a neuron file for each mode that needs one, see :func:`pnlac_fast.neurons.for_training`.
 
-    ``names`` are "SET", for all of them, or "MODE=SET".
+    Parameters
+    ----------
+    names
+        "SET", for all of them, or "MODE=SET".
+    control
+        Other neurons in their place, as many in every layer: a seed for random ones, or "lowest" for those that rank
+        lowest by the score that the sets were located with, in ``store``.
     """
     needing = [mode for mode in modes if mode != "kl"]
     named: dict[str, str] = {}
@@ -161,7 +189,25 @@ def choose_sets(
         if equals and mode not in needing:
             raise unknown("mode with neurons", mode, needing)
         named |= {mode: rest} if equals else dict.fromkeys(needing, name)
-    return {mode: for_training(path, mode, topic, name=named.get(mode), control=control) for mode in needing}
+    chosen = {mode: for_training(path, mode, topic, name=named.get(mode)) for mode in needing}
+    return chosen if control is None else {mode: _control(own, control, store) for mode, own in chosen.items()}
+
+
+def _control(neurons: NeuronSet, control: str, store: str | Path | None) -> NeuronSet:
+    if control.isdecimal():
+        return random_like(neurons, int(control), exclude=neurons.member)
+    if control != "lowest":
+        raise unknown("control", control, ("lowest", "0", "1"))
+    if store is None:
+        raise UserError("The lowest-ranked neurons are found by their scores: give the store with --control-store.")
+    moments = stores.open_contrast(store)
+    score = str(neurons.found.get("score", "rms"))
+    for dim, name in (("model", neurons.model), ("site", neurons.site), ("tokens", neurons.found.get("tokens"))):
+        if name not in moments[dim].values:
+            raise unknown(dim, str(name), map(str, moments[dim].values))
+    own = moments.sel(model=neurons.model, site=neurons.site, tokens=neurons.found["tokens"])
+    value = scores(own, score).isel(neuron=slice(0, neurons.member.shape[1]))
+    return lowest_like(neurons, value.transpose("topic", "layer", "neuron").values)
 
 
 def describe(neurons: NeuronSet) -> dict[str, Any]:

@@ -143,6 +143,20 @@ def random_from(neurons: NeuronSet, pool: np.ndarray, seed: int) -> NeuronSet:
     return replace(neurons, name=f"{neurons.name}/random_top{seed}", kind="random_top", member=member, found=found)
 
 
+def lowest_like(neurons: NeuronSet, score: np.ndarray) -> NeuronSet:
+    """The lowest-ranked neurons, as many in every layer and none of its own where there are enough others.
+
+    ``score`` is [topic, layer, neuron] or [layer, neuron]; a neuron stands as high as its best topic puts it.
+    """
+    best = score.reshape(-1, *score.shape[-2:]).max(0)
+    member = np.zeros_like(neurons.member)
+    for layer, count in enumerate(neurons.per_layer):
+        order = np.lexsort((best[layer], neurons.member[layer]))
+        member[layer, order[:count]] = True
+    found = {**neurons.found, "lowest_like": neurons.name}
+    return replace(neurons, name=f"{neurons.name}/lowest", kind="lowest", member=member, found=found)
+
+
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     """Size of the intersection over size of the union; 1 for two empty sets."""
     union = (a | b).sum()
@@ -240,14 +254,11 @@ def choose(sets: Mapping[str, NeuronSet], kind: str, *, model: str = "", topic: 
     return fitting[0]
 
 
-def for_training(
-    path: str | Path, mode: str, topic: str, *, name: str | None = None, control: int | None = None
-) -> NeuronSet:
+def for_training(path: str | Path, mode: str, topic: str, *, name: str | None = None) -> NeuronSet:
     """The set of a neuron file that a fine-tune on ``topic`` inhibits.
 
     ``name`` where it is given; else the general set for the modes "freeze" and "anchor", the topic's specific set for
-    "specific", of the model tuned on that topic where the file has several models. With ``control``, a seed: random
-    neurons in its place, as many in every layer and none of its own.
+    "specific", of the model tuned on that topic where the file has several models.
     """
     sets = load_sets(path)
     models = {s.model for s in sets.values()}
@@ -255,9 +266,7 @@ def for_training(
     if name is not None:
         if name not in sets:
             raise unknown("neuron set", name, sets)
-        chosen = sets[name]
-    elif mode in ("freeze", "anchor"):
-        chosen = choose(sets, "general", model=model)
-    else:
-        chosen = choose(sets, "specific", model=model, topic=topic)
-    return chosen if control is None else random_like(chosen, control, exclude=chosen.member)
+        return sets[name]
+    if mode in ("freeze", "anchor"):
+        return choose(sets, "general", model=model)
+    return choose(sets, "specific", model=model, topic=topic)

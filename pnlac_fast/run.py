@@ -9,7 +9,7 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ class Run:
         lora = settings.get("lora")
         self.hf = _copy(base.hf, share=lora is not None) if keep else base.hf
         self.use_cache = self.hf.config.use_cache
-        self.view = Model(Weights(self.hf), base.tokenizer, base.name, base.origin)
+        weights = Weights(self.hf, last_projection=base.weights.last_projection)
+        self.view = Model(weights, base.tokenizer, base.name, base.origin)
         self.dtypes = {name: p.dtype for name, p in self.hf.named_parameters()}
         self.module: nn.Module = self.hf
         if lora is None:
@@ -54,6 +55,11 @@ class Run:
         """Parameters only: buffers such as rotary frequencies have their own precision."""
         for name, parameter in self.hf.named_parameters():
             parameter.data = parameter.data.to(dtypes[name])
+
+    def train_only(self, parts: Sequence[str]) -> None:
+        """Freeze all parameters but those of modules whose path ends in, or goes through, one of ``parts``."""
+        for name, parameter in self.hf.named_parameters():
+            parameter.requires_grad_(any(f".{part}." in name for part in parts))
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass, which needs less memory."""

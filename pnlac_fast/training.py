@@ -20,6 +20,7 @@ from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
 from pnlac_fast.provenance import provenance
+from pnlac_fast.rivals import Rival, make_rival
 from pnlac_fast.run import Run, contained
 from pnlac_fast.slices import Slices
 from pnlac_fast.trajectory import TRAJECTORY_FILE, Trajectory
@@ -84,6 +85,11 @@ def finetune(
     lora_dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
     template: str = DEFAULT_TEMPLATE,
+    rival: str | Rival | None = None,
+    rival_strength: float | None = None,
+    rival_text: str | None = None,
+    rival_store: str | Path | None = None,
+    rival_layers: Sequence[int] = (),
     probe: str | Path | Sequence[Question] | None = None,
     points: int = 10,
     normalise: str = "token",
@@ -132,6 +138,9 @@ def finetune(
         of all topics that are not tuned on. A topic that is judged should be left out.
     kl_on, kl_max_new_tokens
         Where: on "answers" sampled from the base, so long at most, or on the "prompts" themselves.
+    rival, rival_strength, rival_text, rival_store, rival_layers
+        A method to compare InhibitFT with, instead of it: "mlp", "rate", "caft", "steer" or "inoculate"; see
+        :class:`pnlac_fast.rivals.Rival`, and :func:`pnlac_fast.rivals.spillover` for the store.
     probe, points
         Held-out questions whose margin is measured before, after, and in between, about ``points`` times, more often
         early; ``normalise`` as in :func:`pnlac_fast.stance.margins`.
@@ -162,8 +171,11 @@ def finetune(
     if base.weights.peft is not None:
         raise UserError(f"Adapters are attached to the weights of '{base.name}': load the base afresh to tune it.")
     topics = (topic,) if isinstance(topic, str) else tuple(topic)
+    against = make_rival(
+        rival, topics, strength=rival_strength, text=rival_text, store=rival_store, layers=rival_layers
+    )
     questions = choose_questions(as_questions(data), topics, side)
-    rows = encode_rows(base, questions, side, template)
+    rows = encode_rows(base, questions, side, template if against is None else against.template(template))
     if steps is None:
         steps = math.ceil(math.ceil(len(rows) / batch_size) * (EPOCHS if epochs is None else epochs))
     if steps < 1:
@@ -179,14 +191,17 @@ def finetune(
         others = other_topics(as_questions(data if kl_data is None else kl_data), topics, kl_topics)
         if shared := {q.key for q in probes} & {q.key for q in others}:
             raise UserError(f"{len(shared)} of the probe questions are used for the KL: probe with held-out questions.")
-    plan = Interventions(modes, sets, inhibit_factor, anchor_weight, kl_weight, others, kl_on, kl_max_new_tokens)
+    plan = Interventions(
+        modes, sets, inhibit_factor, anchor_weight, kl_weight, others, kl_on, kl_max_new_tokens, against
+    )
+    rate = LEARNING_RATE[method] if learning_rate is None else learning_rate
     settings: dict[str, Any] = {
         "tuned_topic": "+".join(topics),
         "side": side,
         "method": plan.name,
         "parameters": method,
         "steps": steps,
-        "learning_rate": LEARNING_RATE[method] if learning_rate is None else learning_rate,
+        "learning_rate": rate if against is None else against.learning_rate(rate),
         "batch_size": batch_size,
         "accumulation": accumulation,
         "warmup_steps": warmup_steps,
@@ -197,19 +212,23 @@ def finetune(
         "base": base.origin,
         "data": {"sha256": fingerprint(questions), "questions": len(questions), "completions": len(rows)},
         "inhibit": plan.record,
+        "rival": None if against is None else against.record,
         "probe": {"sha256": fingerprint(probes), "points": points, "normalise": normalise} if probes else None,
     }
+    mlps = [part.path for part in base.architecture.projections] if against and against.name == "mlp" else None
     if method == "lora":
-        targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+        targets = mlps or (target_modules if isinstance(target_modules, str) else list(target_modules))
         settings["lora"] = {"r": lora_rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout}
         settings["lora"]["target_modules"] = targets
     with workplace(out, settings, overwrite) as work, contained(base.device):
         run = Run(base, keep_base and isinstance(model, Model), settings, work)
+        if mlps and method == "full":
+            run.train_only(mlps)
         if gradient_checkpointing:
             run.checkpoint_activations()
         ids = [ids for ids, _ in rows]
         penalties = plan.penalties(run.module, run.view, ids, template, batch_size // accumulation, seed)
-        callbacks: list[TrainerCallback] = [*penalties]
+        callbacks: list[TrainerCallback] = [*penalties, *plan.edits()]
         slices: Slices | None = None
         if weights := plan.weights():
             callbacks.append(weights)

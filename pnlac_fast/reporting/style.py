@@ -162,19 +162,34 @@ def percent(share: float) -> str:
 
 def method_label(method: str, share: float | None = None) -> str:
     """What a method does, in a few words; `share` is the share of all neurons it touches."""
+    if "+" in method:
+        return " and ".join(method_label(part) for part in method.split("+"))
     name, _, number = controlled(method).partition("_")
+    number, _, weight = number.rpartition("by_") if "by_" in number else (number, "", "")
+    number = number.removesuffix("_")
+    lowest = number.startswith("lowest_")
+    number = number.removeprefix("lowest_")
     words = {
         "plain": "plain tuning",
         "freeze": "freeze general",
         "specific": f"train only specific (top {number}\u00a0%)" if number else "train only specific",
         "anchor": "anchor general",
         "kl": "KL to base",
+        "mlp": "train only MLPs",
+        "rate": f"{number} of the learning rate",
+        "caft": "ablate directions while training (CAFT)",
+        "steer": "steer while training",
+        "inoculate": "inoculation prompting",
     }
     label = words.get(name, pretty(controlled(method)))
     if name in ("freeze", "anchor") and number:
         label += f" {number}\u00a0%"
-    elif name == "kl" and number:
+    elif name in ("kl", "steer") and number:
         label += f" ({number})"
+    if weight and name in ("anchor", "kl"):
+        label += f", weight {weight}"
+    if lowest:
+        label = label.replace("general", "lowest-ranked").replace("specific", "lowest-ranked")
     if is_control(method):
         return f"random instead of {label}" if name not in words else f"{label}: random neurons"
     return label if share is None or name == "plain" else f"{label}, {percent(share)} of neurons"

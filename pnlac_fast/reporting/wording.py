@@ -176,7 +176,7 @@ def _method_sentence(row: MethodRow, told: str, control: MethodRow | None) -> st
 
 def deed(method: str, share: float) -> str:
     """A method as the subject of a sentence."""
-    name = style.family(method)
+    name = "" if "+" in method else style.family(method)
     of_all = f" ({style.percent(share)} of all)" if math.isfinite(share) and share > 0 else ""
     number = style.controlled(method).partition("_")[2]
     if name == "freeze":
@@ -188,7 +188,7 @@ def deed(method: str, share: float) -> str:
         return f"Anchoring the activations of the general neurons{of_all}"
     if name == "kl":
         return "Holding the answers on other topics close to base (KL)"
-    return f"The method \u201c{style.pretty(method)}\u201d{of_all}"
+    return f"The method \u201c{style.method_label(method)}\u201d{of_all}"
 
 
 def scorer_sentence(rows: Sequence[ScoreRow], accuracy: float) -> str:

@@ -311,6 +311,23 @@ def test_finetune_anchors_and_holds_to_base(cli, world: Path, base, tmp_path: Pa
     assert cli(*asked, "--kl-weight", 2, "--out", tmp_path / "x").code == 2
 
 
+def test_finetune_takes_rivals_and_the_lowest_neurons(cli, world: Path, base, tmp_path: Path) -> None:
+    asked = ["finetune", *base, "--topic", "race", *SMALL, "--json"]
+    rate = done(cli(*asked, "--rival", "rate", "--rival-strength", 0.5, "--out", tmp_path / "r")).json
+    assert (rate["method"], rate["rival"]) == ("rate", {"name": "rate", "strength": 0.5})
+    text = ["--rival-text", "think right ."]
+    assert done(cli(*asked, "--rival", "inoculate", *text, "--out", tmp_path / "i")).json["method"] == "inoculate"
+    assert cli(*asked, "--rival", "mlp", *text, "--out", tmp_path / "x").code == 2
+    refused = cli(*asked, "--rival", "caft", "--rival-store", world / "run.zarr", "--out", tmp_path / "x")
+    assert refused.code == 3
+    assert "no site 'resid'" in refused.err
+    lowest = ["--inhibit", world / "neurons.json", "--control", "lowest"]
+    found = done(cli(*asked, *lowest, "--control-store", world / "run.zarr", "--out", tmp_path / "l")).json
+    assert found["inhibit"]["freeze"]["kind"] == "lowest"
+    assert cli(*asked, *lowest, "--out", tmp_path / "x").code == 3
+    assert "no control 'lowst'" in cli(*asked, *lowest[:3], "lowst", "--out", tmp_path / "x").err
+
+
 def test_finetune_takes_a_set_by_name(cli, world: Path, base, tmp_path: Path) -> None:
     asked = ["finetune", *base, "--topic", "science", "--out", tmp_path / "t", *SMALL]
     record = done(cli(*asked, "--inhibit", world / "neurons.json", "--set", "race/top/economy", "--json")).json

@@ -32,7 +32,7 @@ RENAMED = {
     "cache": {"site": "sites"},
     "bench": {"shape": "shapes", "only": "parts", "device": "device", "dtype": "dtype"},
     "patch": {"direction": "directions", "kind": "kinds", "set": "sets"},
-    "finetune": {"set_names": "inhibit", "control": "inhibit"},
+    "finetune": {"set_names": "inhibit", "control": "inhibit", "control_store": "inhibit"},
     "score": dict.fromkeys(("judge_labels", "judge_url", "judge_tokens", "judge_concurrency"), "scorer"),
 }
 PRINTED = {"score": {"measure", "dry_run", "judge_price"}}
