@@ -17,17 +17,20 @@ from tqdm import tqdm
 
 from pnlac_fast import ops, prompts
 from pnlac_fast.architecture import SITES
-from pnlac_fast.capture import RAW, Sums, accumulate, raw_positions
+from pnlac_fast.capture import Sums, accumulate
 from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint
 from pnlac_fast.errors import Interrupted, UserError, unknown
 from pnlac_fast.loading import open_models
 from pnlac_fast.models import Model
+from pnlac_fast.neurons import NeuronSet, load_sets
 from pnlac_fast.packing import in_order
 from pnlac_fast.passes import SHORTCUTS, usable
 from pnlac_fast.prompts import DEFAULT_TEMPLATE, TOKENS, Text
 from pnlac_fast.provenance import provenance
+from pnlac_fast.raw import Keep, choose_kept, raw_rows
 from pnlac_fast.store import Layout, Unit, Writer, open_writer
 from pnlac_fast.store import info as stored
+from pnlac_fast.workers import parse_worker
 
 DECISIVE = ("share", "pack", "fuse", "stop")  # shortcuts that decide how sums are rounded
 RAW_UNIT_BYTES = 256 << 20  # raw activations of one unit and model are held in memory until it is committed
@@ -42,6 +45,9 @@ def cache(
     sites: Sequence[str] = ("mlp_mid",),
     tokens: Sequence[str] = ("last",),
     raw: str = "none",
+    raw_dtype: str = "auto",
+    raw_layers: Sequence[int] | None = None,
+    raw_neurons: str | Path | Sequence[NeuronSet] | None = None,
     template: str = DEFAULT_TEMPLATE,
     count_template: bool = False,
     side: str = "both",
@@ -49,6 +55,7 @@ def cache(
     unit_tokens: int = 16384,
     engine: str = "auto",
     without: Sequence[str] = (),
+    worker: str = "0/1",
     overwrite: bool = False,
     dry_run: bool = False,
     progress: bool | None = None,
@@ -70,7 +77,11 @@ def cache(
         Which positions count: "last" (the last prompt position), "prompt", "completion", "all". Padding and special
         tokens never count, template text only with ``count_template``.
     raw
-        Keep raw activations too: "none", of the "last" prompt position, or of "full" texts.
+        Keep raw activations too: "none"; of the "last" prompt position; "pooled", their mean over the positions that
+        ``tokens`` count in a text; of these positions themselves, "selected"; or of "full" texts.
+    raw_dtype, raw_layers, raw_neurons
+        How to keep them: "float32", "float16", "bfloat16", or the model's own ("auto"); of these layers only; of the
+        neurons of these sets, or of a neuron file, only.
     side
         Which completions are read where "completion" or "all" is asked for: "right", "left" or "both".
     batch_tokens, unit_tokens
@@ -82,6 +93,10 @@ def cache(
     without
         Names of :data:`pnlac_fast.passes.SHORTCUTS` not to take: "share", "pack", "fuse", "stop", "base", "overlap".
         Each saves work and changes results by rounding only. Models that do not bear one do without it by themselves.
+    worker
+        Take one share of the units, "i/n" with i from 0 to n - 1, or what a launcher has set, "auto"; then
+        :func:`pnlac_fast.merge` makes the statistics. Workers need not know of each other, may be stopped, and go on in
+        any other number: the store ends in the same bits.
     overwrite, dry_run
         Start anew where a store exists; or only say what the run would read and write.
     progress
@@ -110,8 +125,7 @@ def cache(
         for name in given:
             if name not in known:
                 raise unknown(kind, name, known)
-    if raw not in RAW:
-        raise unknown("raw mode", raw, RAW)
+    share = parse_worker(worker)
     if engine not in ("auto", *ops.engines()):
         raise unknown("engine", engine, ("auto", *ops.engines()))
     for name in without:
@@ -132,9 +146,11 @@ def cache(
         for topic, group in by_topic(questions).items()
     }
     widths = {site: base.width(site) for site in sites}
-    if raw == "full":
-        unit_tokens = min(unit_tokens, max(256, RAW_UNIT_BYTES // (4 * len(base.blocks) * sum(widths.values()))))
-    units = [unit for topic, texts in grouped.items() for unit in plan(topic, texts, unit_tokens, raw)]
+    chosen = list(load_sets(raw_neurons).values()) if isinstance(raw_neurons, (str, Path)) else raw_neurons or ()
+    keep = choose_kept(base, sites, raw, dtype=raw_dtype, layers=raw_layers, neurons=chosen)
+    if raw in ("full", "selected"):
+        unit_tokens = min(unit_tokens, max(256, RAW_UNIT_BYTES // keep.size(widths)))
+    units = [unit for topic, texts in grouped.items() for unit in plan(topic, texts, unit_tokens, raw, tokens)]
     longest = max(len(text.ids) for texts in grouped.values() for text in texts)
     taken = [name for name in SHORTCUTS if name not in without]
     for each in (base, *models.values()):
@@ -149,7 +165,8 @@ def cache(
         layers=len(base.blocks),
         widths=widths,
         units=tuple(units),
-        raw=raw,  # type: ignore[arg-type]  # checked above
+        raw=keep.layout(),
+        parts=base.part.ranks,
         settings={
             "base": _identity(base),
             "tuned": {name: _identity(m) for name, m in models.items()},
@@ -163,7 +180,7 @@ def cache(
     )
     read = sum(len(text.ids) for texts in grouped.values() for text in texts)
     spared = sum(sum(in_order([t.ids for t in texts])[1]) for texts in grouped.values()) if "share" in taken else 0
-    estimate = _bytes(layout)
+    estimate = _bytes(layout, keep)
     result = {
         "store": str(out),
         "questions": len(questions),
@@ -176,9 +193,7 @@ def cache(
     }
     if dry_run:
         return result
-    free = shutil.disk_usage(next(p for p in Path(out).absolute().parents if p.exists())).free
-    if estimate > free:
-        raise UserError(f"The store needs about {estimate:,} bytes, {free:,} are free: use --raw none or another disk.")
+    _check_room(out, estimate)
     examples = {
         "topic": [q.topic for q in questions],
         "instruction": [q.instruction for q in questions],
@@ -193,13 +208,23 @@ def cache(
         data=fingerprint(questions),
     )
     first_question = {topic: i for i, topic in reversed(list(enumerate(q.topic for q in questions)))}
-    with open_writer(out, layout, provenance=origin, examples=examples, overwrite=overwrite) as writer:
+    with open_writer(
+        out,
+        layout,
+        provenance=origin,
+        examples=examples,
+        selected=keep.neurons,
+        worker=(share.index, share.count),
+        part=base.part.rank,
+        overwrite=overwrite,
+    ) as writer:
+        own = len(range(share.index, len(units), share.count))
         bar = tqdm(
             writer.pending,
             desc="cache",
             unit="unit",
-            initial=len(units) - len(writer.pending),
-            total=len(units),
+            initial=own - len(writer.pending),
+            total=own,
             disable=None if progress is None else not progress,
         )
         with _commits(writer, overlap="overlap" in taken, out=out) as commit:
@@ -212,15 +237,16 @@ def cache(
                     [text for text in grouped[unit.topic] if text.question in block],
                     sites=sites,
                     tokens=tokens,
-                    raw=raw,
+                    keep=keep,
                     batch_tokens=batch_tokens,
                     engine=engine,
                     first_example=first_question[unit.topic],
                     shortcuts=taken,
                 )
                 commit(number, sums)
-        with _undisturbed():
-            writer.finish()
+        if share.count == base.part.ranks == 1:
+            with _undisturbed():
+                writer.finish()
     return result
 
 
@@ -294,7 +320,9 @@ def _undisturbed() -> Iterator[None]:
         signal.raise_signal(caught[0])
 
 
-def plan(topic: str, texts: Sequence[Text], unit_tokens: int, raw: str) -> Iterator[Unit]:
+def plan(
+    topic: str, texts: Sequence[Text], unit_tokens: int, raw: str = "none", tokens: Sequence[str] = ()
+) -> Iterator[Unit]:
     """Cut a topic into units: blocks of consecutive questions of at most ``unit_tokens`` tokens, or one question."""
     first = count = size = rows = 0
     question = -1
@@ -307,7 +335,7 @@ def plan(topic: str, texts: Sequence[Text], unit_tokens: int, raw: str) -> Itera
             yield Unit(topic, first, count, rows)
             first, count, size, rows = question, 0, 0, 0
         count, size = count + 1, size + more
-        rows += sum(len(raw_positions(text, raw)) for text in group)
+        rows += sum(len(raw_rows(0, text, raw, tokens)) for text in group)
     if count:
         yield Unit(topic, first, count, rows)
 
@@ -318,10 +346,22 @@ def _identity(model: Model) -> dict[str, Any]:
     return {name: model.origin.get(name) for name in ("type", "dtype", *weights)}
 
 
-def _bytes(layout: Layout) -> int:
+def _check_room(out: str | Path, estimate: int) -> None:
+    """Refuse a store that its disk has no room for; who can say that of an object store?"""
+    if "://" in str(out):
+        return
+    free = shutil.disk_usage(next(p for p in Path(out).absolute().parents if p.exists())).free
+    if estimate > free:
+        raise UserError(
+            f"The store needs about {estimate:,} bytes, {free:,} are free: keep fewer raw activations (--raw, "
+            "--raw-layers, --raw-neurons, --raw-dtype), or use another disk."
+        )
+
+
+def _bytes(layout: Layout, keep: Keep) -> int:
     """Upper estimate of the store: partial sums, statistics and raw rows, uncompressed."""
     neurons = layout.layers * sum(layout.widths.values())
     models, selectors = len(layout.models), len(layout.tokens)
     partial = 8 * len(layout.units) * selectors * neurons * (2 + 3 * models)
     statistics = 4 * len(layout.topics) * selectors * neurons * (2 + 5 * models)
-    return partial + statistics + 4 * sum(u.rows for u in layout.units) * neurons * (1 + models)
+    return partial + statistics + keep.size(layout.widths) * sum(u.rows for u in layout.units) * (1 + models)

@@ -17,8 +17,9 @@ from pnlac_fast.models import Model
 from pnlac_fast.packing import Pack, packs
 from pnlac_fast.passes import run
 from pnlac_fast.prompts import Batch, Text
+from pnlac_fast.raw import Keep, RawRow, describe, raw_rows
 
-RAW = ("none", "last", "full")
+NOTHING = Keep()
 BASE, TUNED = [0, 2], [1, 3, 4]  # where ops.contrast keeps the sums of base, and those of tuned and difference
 MOST = 0.5  # share of read rows from which base keeps a whole activation rather than a copy of these rows
 DENSE = 0.25  # share of counted rows from which the sums are taken up while the MLP computes them
@@ -37,9 +38,9 @@ class Sums:
     tuned
         Per site [model, tokens, 3, layer, neuron]: sums of b, b^2 and (b - a)^2.
     rows
-        int32 arrays [row] of the raw rows: ``example``, ``position``, ``token_id``; empty where none are kept.
+        What the raw rows are, as :func:`pnlac_fast.raw.describe` gives it; empty where none are kept.
     raw
-        float32 [layer, row, neuron] by (model name or "base", site).
+        What is kept, as :meth:`pnlac_fast.raw.Keep.reduce` gives it, by (model name or "base", site).
     """
 
     counts: np.ndarray
@@ -62,6 +63,8 @@ class Selection:
         several texts is there as often.
     keep
         int64 [raw]: the rows that are stored raw, as indices into ``take``.
+    pool
+        int64 [mean]: how many of these each stored row is the mean of; None where each is stored itself.
     counts
         float32 [tokens, row]: how often each row of the batch counts; None where few rows do.
     place
@@ -72,6 +75,7 @@ class Selection:
     rows: Tensor
     offsets: Tensor
     keep: Tensor
+    pool: Tensor | None
     counts: Tensor | None
     place: Tensor
 
@@ -83,7 +87,7 @@ def accumulate(
     *,
     sites: Sequence[str] = ("mlp_mid",),
     tokens: Sequence[str] = ("last",),
-    raw: str = "none",
+    keep: Keep = NOTHING,
     batch_tokens: int = 2048,
     engine: str = "auto",
     first_example: int = 0,
@@ -96,6 +100,8 @@ def accumulate(
 
     Parameters
     ----------
+    keep
+        Which raw activations to keep beside the sums.
     batch_tokens
         Tokens of one forward pass.
     shortcuts
@@ -117,29 +123,35 @@ def accumulate(
         for site in sites
     }
     counts = np.zeros(groups, np.int64)
-    table: list[np.ndarray] = []
+    stored: list[RawRow] = []
     kept: dict[tuple[str, str], list[np.ndarray]] = {}
     for batch in _batches(base, texts, batch_tokens, shortcuts):
         chosen = [texts[i] for i in batch.index]
         flat = [[batch.rows[n][p] for n, t in enumerate(chosen) for p in t.positions(name)] for name in tokens]
-        stored = [(n, p) for n, text in enumerate(chosen) for p in raw_positions(text, raw)]
-        selection = _select(batch, flat, [batch.rows[n][p] for n, p in stored], base.device)
+        raw = [[(n, row) for row in raw_rows(i, texts[i], keep.tokens, tokens)] for n, i in enumerate(batch.index)]
+        rows = [at for group in raw for at in group]
+        pooled = [len(row.positions) for _, row in rows] if keep.tokens == "pooled" else None
+        selection = _select(
+            batch, flat, [batch.rows[n][p] for n, row in rows for p in row.positions], pooled, base.device
+        )
         if not len(selection.take):
             continue
         counts += [len(group) for group in flat]
-        table.append(_table(stored, chosen, first_example))
+        stored += [row for _, row in rows]
         reference: dict[tuple[str, int], Tensor] = {}
         for m, (name, model) in enumerate(tuned.items()):
             if not m or "base" not in shortcuts:
                 reference = _read(base, batch, sites, selection, shortcuts)
             sums = {site: sums[m] for site, sums in state.items()}
-            keep = raw != "none"
             streams = _contrast(model, batch, sites, selection, reference, sums, engine, shortcuts, keep)
-            _keep(kept, name, streams, layers)
-        if raw != "none":
-            _keep(
-                kept, "base", {at: a[_base_rows(a, selection)[selection.keep]] for at, a in reference.items()}, layers
-            )
+            _store(kept, name, streams, keep)
+        if keep.tokens != "none":
+            of_base = {
+                (site, layer): _kept(a, _base_rows(a, selection), selection)
+                for (site, layer), a in reference.items()
+                if keep.reads(site, layer)
+            }
+            _store(kept, "base", of_base, keep)
         del reference
         _give_back(base.device)
 
@@ -148,13 +160,12 @@ def accumulate(
         raise RuntimeError(f"counted {counts.tolist()} tokens, the texts have {expected}: please report this")
     _check_finite(state, list(tuned))
     host = {site: sums.cpu().numpy() for site, sums in state.items()}  # [model, layer, tokens, 5, neuron]
-    rows_table = np.concatenate(table) if table else np.zeros((0, 3), np.int32)
     return Sums(
         counts,
         {site: sums[0][:, :, BASE].transpose(1, 2, 0, 3) for site, sums in host.items()},
         {site: sums[:, :, :, TUNED].transpose(0, 2, 3, 1, 4) for site, sums in host.items()},
-        {name: rows_table[:, i] for i, name in enumerate(("example", "position", "token_id"))} if raw != "none" else {},
-        {key: np.concatenate(parts, axis=1) for key, parts in kept.items()},
+        describe(stored, texts, first_example) if keep.tokens != "none" else {},
+        {key: np.concatenate(parts, axis=-2) for key, parts in kept.items()},
     )
 
 
@@ -166,7 +177,13 @@ def _batches(base: Model, texts: Sequence[Text], budget: int, shortcuts: Collect
     return prompts.batches(ids, budget, padding_side=side, device=base.device)
 
 
-def _select(batch: Batch | Pack, flat: Sequence[Sequence[int]], raw: Sequence[int], device: torch.device) -> Selection:
+def _select(
+    batch: Batch | Pack,
+    flat: Sequence[Sequence[int]],
+    raw: Sequence[int],
+    pooled: Sequence[int] | None,
+    device: torch.device,
+) -> Selection:
     """What the selectors count and what is stored raw, both as rows of the batch."""
     take = sorted({*raw, *(row for group in flat for row in group)})
     place = torch.full((batch.ids.numel(),), -1, dtype=torch.int64)
@@ -183,7 +200,8 @@ def _select(batch: Batch | Pack, flat: Sequence[Sequence[int]], raw: Sequence[in
     kept, rows, offsets, keep, place = (
         t.to(device) for t in (torch.tensor(take, dtype=torch.int64), place[rows], offsets, keep, place)
     )
-    return Selection(kept, rows, offsets, keep, counts, place)
+    pool = None if pooled is None else torch.tensor(pooled, dtype=torch.int64, device=device)
+    return Selection(kept, rows, offsets, keep, pool, counts, place)
 
 
 def _read(
@@ -227,7 +245,7 @@ def _contrast(
     sums: Mapping[str, Tensor],
     engine: str,
     shortcuts: Collection[str],
-    keep: bool,
+    keep: Keep,
 ) -> dict[tuple[str, int], Tensor]:
     """Add what one pass contrasts with ``reference`` to ``sums`` [layer, tokens, 5, neuron]; the raw rows, if kept."""
     kept: dict[tuple[str, int], Tensor] = {}
@@ -262,20 +280,28 @@ def _contrast(
                 base_rows=_base_rows(reference[site, layer], selection)[selection.rows],
                 engine=engine,
             )
-        if keep:
-            kept[site, layer] = activation[rows[selection.keep]]
+        if keep.reads(site, layer):
+            kept[site, layer] = _kept(activation, rows, selection)
 
     run(model, batch, sites, visit, take=selection.take, middle=middle if dense else None, shortcuts=shortcuts)
     return kept
 
 
-def _keep(
-    kept: dict[tuple[str, str], list[np.ndarray]], name: str, streams: Mapping[tuple[str, int], Tensor], layers: int
+def _kept(activation: Tensor, rows: Tensor, selection: Selection) -> Tensor:
+    """The rows to store of an activation in which ``rows`` are those taken, [row, neuron]."""
+    read = activation[rows[selection.keep]]
+    if selection.pool is None:
+        return read
+    return torch.segment_reduce(read.float(), "mean", lengths=selection.pool)
+
+
+def _store(
+    kept: dict[tuple[str, str], list[np.ndarray]], name: str, streams: Mapping[tuple[str, int], Tensor], keep: Keep
 ) -> None:
-    """Append the raw rows of one pass, float32 [layer, row, neuron], to what is kept of a model."""
-    for site in {site for site, _ in streams}:
-        block = torch.stack([streams[site, layer] for layer in range(layers)])
-        kept.setdefault((name, site), []).append(block.float().cpu().numpy())
+    """Append the raw rows of one pass to what is kept of a model."""
+    for site in sorted({site for site, _ in streams}):
+        rows = {layer: stream for (where, layer), stream in streams.items() if where == site}
+        kept.setdefault((name, site), []).append(keep.reduce(rows, site))
 
 
 def _give_back(device: torch.device) -> None:
@@ -298,16 +324,3 @@ def _check_finite(state: Mapping[str, Tensor], names: Sequence[str]) -> None:
                 f"The activations of {'the base model' if at_base else repr(names[m])} at {site}, layer {layer}, "
                 f"are not finite: try --dtype float32, or check its weights."
             )
-
-
-def _table(stored: Sequence[tuple[int, int]], texts: Sequence[Text], first_example: int) -> np.ndarray:
-    """int32 [row, 3]: example, position and token id of the raw rows, given as (text, position)."""
-    rows = [(first_example + texts[n].question, p, texts[n].ids[p]) for n, p in stored]
-    return np.array(rows, np.int32).reshape(-1, 3)
-
-
-def raw_positions(text: Text, raw: str) -> Sequence[int]:
-    """Positions whose raw activations are kept; those of a prompt once per question."""
-    if raw == "none":
-        return ()
-    return text.positions("last") if raw == "last" else range(text.repeated, len(text.ids))

@@ -13,6 +13,7 @@ import click
 from pnlac_fast import __version__
 from pnlac_fast.options import (
     Command,
+    Numbers,
     Share,
     Shares,
     as_json,
@@ -53,8 +54,8 @@ def _with_model(given: dict[str, Any]) -> dict[str, Any]:
     """Replace the options about the model among ``given`` by the loaded model."""
     from pnlac_fast.loading import load_model
 
-    loading = ("revision", "dtype", "device", "trust_remote_code", "last_projection")
-    options = {name: given.pop(name) for name in loading}
+    loading = ("revision", "dtype", "device", "trust_remote_code", "last_projection", "tp")
+    options = {name: given.pop(name) for name in loading if name in given}
     if given["model"] is not None:
         given["model"] = load_model(given["model"], **options)
     return given
@@ -101,7 +102,10 @@ def commands() -> None:
 @option("--out", required=True, help="Store to write; one that was interrupted is resumed.")
 @names("--site", "mlp_mid", "mlp_mid, mlp_out, resid.")
 @names("--tokens", "last", "Which positions count: last, prompt, completion, all.")
-@option("--raw", default="none", show_default=True, help="Keep raw activations: none, last or full.")
+@option("--raw", default="none", show_default=True, help="Keep activations: none, last, pooled, selected or full.")
+@option("--raw-dtype", default="auto", show_default=True, help="auto (the model's), float32, float16 or bfloat16.")
+@option("--raw-layers", type=Numbers(), help="Keep raw activations of these layers only, such as 3,8-15.")
+@option("--raw-neurons", metavar="PATH", help="Keep raw activations of the neurons of this file only.")
 @option(
     "--side",
     default="both",
@@ -118,14 +122,29 @@ def commands() -> None:
 @option("--unit-tokens", default=16384, show_default=True, help="Tokens of one unit: what an interruption can cost.")
 @option("--engine", default="auto", show_default=True, help="Engine of the sums: see pnlac-fast env.")
 @names("--without", None, "Shortcuts not to take: share, pack, fuse, stop, base, overlap. They change rounding only.")
+@option("--worker", default="0/1", show_default=True, help="Take one share of the work, i/n, or auto; then merge.")
+@option("--tp", is_flag=True, help="Tensor parallel under torchrun: each process holds, and writes, its neurons.")
 @option("--overwrite", is_flag=True, help="Start anew where the store exists.")
 @option("--dry-run", is_flag=True, help="Only say what would be read and written.")
 @as_json
 def cache(site: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Contrast base and tuned models on the same tokens. Stores mean, spread and difference of every neuron."""
     from pnlac_fast import cache as run
+    from pnlac_fast.workers import local_device
 
+    if given["worker"] == given["device"] == "auto":
+        given["device"] = local_device()
     show_record(run(sites=site, **_loaded(given)), as_json)
+
+
+@commands.command(epilog="Example: pnlac-fast merge run.zarr")
+@click.argument("store")
+@as_json
+def merge(store: str, as_json: bool) -> None:
+    """Make the statistics from what workers have computed. Names the units that are missing, if any."""
+    from pnlac_fast import merge as run
+
+    show_record(run(store), as_json)
 
 
 @commands.command(epilog="Example: pnlac-fast info run.zarr")

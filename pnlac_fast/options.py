@@ -22,6 +22,23 @@ class Names(click.ParamType):
         return value if isinstance(value, tuple) else tuple(part.strip() for part in value.split(",") if part.strip())
 
 
+class Numbers(click.ParamType):
+    """Whole numbers separated by commas, and ranges that include their end: "0,4-7"."""
+
+    name = "numbers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        numbers: list[int] = []
+        for part in str(value).split(","):
+            first, dash, last = part.strip().partition("-")
+            if not (first.isdecimal() and (last.isdecimal() if dash else True)):
+                self.fail(f"'{value}' is no list of numbers: write 0,4-7", param, ctx)
+            numbers += range(int(first), int(last or first) + 1)
+        return tuple(numbers)
+
+
 class Share(click.ParamType):
     """A share, "5%" or 0.05."""
 

@@ -47,12 +47,16 @@ class Text:
         How many of them are the prompt's.
     counted
         Counted prompt positions; empty where an earlier sequence of the same question has counted them.
+    side, completion
+        "right" or "left" and the number of the completion among those of its side; "" and -1 without one.
     """
 
     question: int
     ids: tuple[int, ...]
     prompt: int
     counted: tuple[int, ...]
+    side: str = ""
+    completion: int = -1
 
     @property
     def repeated(self) -> int:
@@ -176,16 +180,17 @@ def encode(
     for index, question in enumerate(questions):
         prompt = encode_prompt(tokenizer, question, template, count_template=count_template)
         sides = SIDES if side == "both" else () if side == "none" else (side,)
-        texts = [text for s in sides for text in question.completions(s)]
+        texts = [(s, number, text) for s in sides for number, text in enumerate(question.completions(s))]
         if sides and not texts:
             missing = "completion" if side == "both" else f"{side} completion"
             raise UserError(
                 f"The question '{question.instruction[:60]}' ({question.topic}) has no {missing}: give data with "
                 f"completions, or count prompt tokens only (--tokens last or prompt)."
             )
-        for first, ids in enumerate([encode_completion(tokenizer, text, template) for text in texts] or [[]]):
+        for first, (which, number, text) in enumerate(texts or [("", -1, None)]):
+            ids = [] if text is None else encode_completion(tokenizer, text, template)
             counted = prompt.counted if first == 0 else ()
-            sequence = Text(index, (*prompt.ids, *ids), len(prompt.ids), counted)
+            sequence = Text(index, (*prompt.ids, *ids), len(prompt.ids), counted, which, number)
             if context is not None and len(sequence.ids) > context:
                 raise UserError(
                     f"The question '{question.instruction[:60]}' ({question.topic}) needs {len(sequence.ids)} tokens, "

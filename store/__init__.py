@@ -5,24 +5,31 @@ Needs numpy, zarr and xarray only, so that results open where torch is not insta
 
 from __future__ import annotations
 
-from pnlac_fast.store.creation import create_results, open_writer
+from pnlac_fast.store.activations import open_activations
+from pnlac_fast.store.creation import create_results, describe_selected, open_writer
 from pnlac_fast.store.errors import StoreError
-from pnlac_fast.store.layout import Layout, Unit
-from pnlac_fast.store.reader import info, open_activations, open_contrast, open_examples
+from pnlac_fast.store.layout import NO_RAW, Layout, Raw, Unit
+from pnlac_fast.store.merging import merge
+from pnlac_fast.store.reader import info, open_contrast, open_examples, open_partials
 from pnlac_fast.store.results import list_results, open_result, open_sets, write_result, write_sets
 from pnlac_fast.store.writer import Writer
 
 __all__ = [
+    "NO_RAW",
     "Layout",
+    "Raw",
     "StoreError",
     "Unit",
     "Writer",
     "create_results",
+    "describe_selected",
     "info",
     "list_results",
+    "merge",
     "open_activations",
     "open_contrast",
     "open_examples",
+    "open_partials",
     "open_result",
     "open_sets",
     "open_writer",

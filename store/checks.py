@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,13 @@ import numpy.typing as npt
 
 from pnlac_fast.store.errors import StoreError
 from pnlac_fast.store.journal import Committed
-from pnlac_fast.store.layout import BASE, Layout
-from pnlac_fast.store.schema import TOKEN_COLUMNS
+from pnlac_fast.store.layout import BASE, SELECTORS, Layout
+from pnlac_fast.store.places import Place
+from pnlac_fast.store.schema import METADATA, TOKEN_COLUMNS
+from pnlac_fast.store.shards import stored_dtype
+
+MOST_LOADED = 1 << 31  # bytes that a small dataset may have in memory
+MOST_CHUNK = 1 << 30
 
 
 def check_sums(
@@ -30,8 +36,9 @@ def check_sums(
     _check_keys("base", base, layout.sites)
     _check_keys("tuned", tuned, layout.sites)
     for site, width in layout.widths.items():
-        _check_array(f"base[{site!r}]", base[site], (tokens, 2, layers, width), "float64")
-        _check_array(f"tuned[{site!r}]", tuned[site], (models, tokens, 3, layers, width), "float64")
+        own = width // layout.parts
+        _check_array(f"base[{site!r}]", base[site], (tokens, 2, layers, own), "float64")
+        _check_array(f"tuned[{site!r}]", tuned[site], (models, tokens, 3, layers, own), "float64")
         _check_finite(layout, unit, "base model", site, base[site])
         for m, model in enumerate(layout.models):
             _check_finite(layout, unit, f"tuned model {model!r}", site, tuned[site][m])
@@ -59,14 +66,20 @@ def check_rows(
         if any(len(column) for column in (rows or {}).values()) or any(values.size for values in (raw or {}).values()):
             raise ValueError(f"unit {unit} brings raw rows, but its layout says that it has none")
         return
-    _check_keys("rows", rows or {}, TOKEN_COLUMNS)
+    _check_keys("rows", rows or {}, (*TOKEN_COLUMNS, "counts"))
     _check_keys("raw", raw or {}, [(model, site) for model in (BASE, *layout.models) for site in layout.sites])
     assert rows is not None
     assert raw is not None
     for name, column in rows.items():
-        _check_array(f"rows[{name!r}]", column, (count,), "int32")
+        shape: tuple[int, ...] = (count, len(SELECTORS)) if name == "counts" else (count,)
+        _check_array(f"rows[{name!r}]", column, shape, "int32")
+    kept = layout.raw
     for (model, site), values in raw.items():
-        _check_array(f"raw[{model!r}, {site!r}]", values, (layout.layers, count, layout.widths[site]), "float32")
+        if kept.neurons:
+            shape = (count, kept.neurons[site][0])
+        else:
+            shape = (len(kept.layers), count, layout.widths[site] // layout.parts)
+        _check_array(f"raw[{model!r}, {site!r}]", values, shape, stored_dtype(kept.dtype).name)
     example = rows["example"]
     if example.min() < 0 or example.max() >= len(topics):
         raise ValueError(f"rows['example'] must lie between 0 and {len(topics) - 1}")
@@ -74,18 +87,52 @@ def check_rows(
         raise ValueError(f"unit {unit} brings rows of examples that are not of its topic")
 
 
-def check_files(root: Path, layout: Layout, committed: Iterable[Committed]) -> None:
+def check_files(place: Place, layout: Layout, committed: Iterable[Committed], sizes: Mapping[str, int]) -> None:
     """Raise StoreError where a file of a committed unit is missing or has another length; it names the unit."""
-    for unit, files in committed:
+    for unit, _, files in committed:
         for name, (size, _) in files.items():
-            path = root / name
-            found = path.stat().st_size if path.exists() else None
+            found = sizes.get(name)
             if found != size:
                 what = "is missing" if found is None else f"has {found} bytes instead of {size}"
                 raise StoreError(
-                    f"Unit {unit} ({layout.units[unit]}) is damaged: {path} {what}; "
-                    "restore the file from a copy, or start again with --overwrite."
+                    f"Unit {unit} ({layout.units[unit]}) is damaged: {place.name}/{name} {what}; "
+                    "run the cache command again with --repair."
                 )
+
+
+def check_group(place: Place, path: str, *, loaded: bool = False) -> None:
+    """Raise StoreError where the metadata of a group asks for more memory than is sensible, or is damaged.
+
+    Opening a group reads its coordinates, and with `loaded` all of it: a forged or damaged shape of 10^12 elements
+    would be filled with fill values, and a chunk of 10^12 bytes be allocated, before anything looked wrong.
+    """
+    prefix = f"{path}/"
+    keys = [key for key in place.sizes(prefix) if key.endswith("/" + METADATA)]
+    for key, content in place.read_all(keys).items():
+        try:
+            document = json.loads(content)
+            if document["node_type"] != "array":
+                continue
+            shape, chunk = document["shape"], document["chunk_grid"]["configuration"]["chunk_shape"]
+            for codec in document["codecs"]:
+                if codec["name"] == "sharding_indexed":
+                    chunk = codec["configuration"]["chunk_shape"]
+            sizes = [*shape, *chunk]
+            if len(shape) != len(chunk) or not all(isinstance(size, int) and size >= 0 for size in sizes):
+                raise ValueError("sizes must be whole numbers")
+            item = 16 if document["data_type"] == "string" else np.dtype(document["data_type"]).itemsize
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise StoreError(
+                f"{place.name}/{key} is damaged ({type(error).__name__}: {error}); pnlac-fast info --verify says what "
+                "else is, and how to mend it."
+            ) from error
+        name = key.removesuffix("/" + METADATA)
+        read = loaded or len(shape) < 2
+        if item * math.prod(chunk) > MOST_CHUNK or (read and item * math.prod(shape) > MOST_LOADED):
+            raise StoreError(
+                f"{place.name}/{name} claims the shape {shape} in chunks of {chunk}, which is too large to be true; "
+                "run pnlac-fast info --verify on the store."
+            )
 
 
 def _check_keys(what: str, given: Mapping[Any, Any], wanted: Iterable[Any]) -> None:

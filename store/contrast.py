@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,24 @@ import numpy.typing as npt
 import xarray as xr
 import zarr
 from zarr.abc.store import Store
+from zarr.storage import MemoryStore
 
 from pnlac_fast.store.datasets import write_dataset
 from pnlac_fast.store.errors import StoreError
+from pnlac_fast.store.groups import contents
 from pnlac_fast.store.layout import Layout
-from pnlac_fast.store.schema import CHUNK_BYTES, PARTIALS, create_array, fitting_layers, mark, open_array, partials_path
+from pnlac_fast.store.places import Bytes
+from pnlac_fast.store.schema import (
+    CHUNK_BYTES,
+    PARTIALS,
+    Grid,
+    create_array,
+    fitting_layers,
+    mark,
+    open_array,
+    partials_path,
+)
+from pnlac_fast.store.shards import encode_shard
 
 OF_BASE = {
     "mean_base": "mean activation of the base model",
@@ -67,40 +81,51 @@ def statistics(n: npt.NDArray[np.int64], base: Floats, tuned: Floats) -> dict[st
     }
 
 
-def write_contrast(partials: Store, target: Store, layout: Layout) -> None:
-    """Add the partial sums of all units in unit order, and write the group /contrast.
+def contrast_files(store: Store, layout: Layout) -> Iterator[tuple[str, Bytes]]:
+    """Add the partial sums of all units in unit order, and give the files of the group /contrast one by one.
 
     Parameters
     ----------
-    partials : zarr Store
+    store : zarr Store
         The store that holds the partial sums of every unit.
-    target : zarr Store
-        An empty store that becomes the group.
     layout : Layout
         The layout of the store.
+
+    Yields
+    ------
+    (str, bytes)
+        Name in the group, and content.
 
     Raises
     ------
     StoreError
         If a partial sum does not read as it was written; it names the unit.
     """
-    counts = _counts(partials, layout)
-    _write_coordinates(target, layout, counts)
-    arrays = _create(target, layout)
-    widest = max(layout.widths.values())
-    shape = (len(layout.models), len(layout.sites), len(layout.tokens), layout.layers, widest)
+    counts = _counts(store, layout)
+    made = MemoryStore()
+    _write_coordinates(made, layout, counts)
+    grids = _create(made, layout)
+    yield from contents(made).items()
     for t, topic in enumerate(layout.topics):
-        rows = {name: np.full(shape[1:], np.nan, "float32") for name in OF_BASE}
-        rows |= {name: np.full(shape, np.nan, "float32") for name in OF_TUNED}
+        rows: dict[str, npt.NDArray[np.float32]] = {}
         for s, site in enumerate(layout.sites):
-            base, tuned = (_total(partials, layout, topic, site, name) for name in ("base", "tuned"))
+            base, tuned = (_total(store, layout, topic, site, name) for name in ("base", "tuned"))
             for name, values in statistics(counts[t], base, tuned).items():
+                if name not in rows:
+                    lead = () if name in OF_BASE else (len(layout.models),)
+                    rows[name] = np.full(
+                        (*lead, *grids[name].file[-4:-2], layout.layers, _widest(layout)), np.nan, "f4"
+                    )
                 rows[name][..., s, :, :, : layout.widths[site]] = values
-        for name in OF_BASE:
-            arrays[name][t] = rows[name]
-        for name in OF_TUNED:
-            for m in range(shape[0]):
-                arrays[name][m, t] = rows[name][m]
+        for name, grid in grids.items():
+            for m in range(len(layout.models) if name in OF_TUNED else 1):
+                at = (m, t, 0, 0, 0, 0) if name in OF_TUNED else (t, 0, 0, 0, 0)
+                block = rows[name][m : m + 1, None] if name in OF_TUNED else rows[name][None]
+                yield grid.key(name, at), encode_shard(block, grid.file, grid.chunk, "float32")
+
+
+def _widest(layout: Layout) -> int:
+    return max(layout.widths.values())
 
 
 def _counts(store: Store, layout: Layout) -> npt.NDArray[np.int64]:
@@ -126,7 +151,7 @@ def _read(array: zarr.Array[Any], layout: Layout, unit: int) -> npt.NDArray[Any]
     except ValueError as error:  # the checksum of the chunk
         raise StoreError(
             f"The sums of unit {unit} ({layout.units[unit]}) in {array.path} are damaged; "
-            "restore the file from a copy, or start again with --overwrite."
+            "run the cache command again with --repair."
         ) from error
 
 
@@ -140,26 +165,30 @@ def _write_coordinates(target: Store, layout: Layout, counts: npt.NDArray[np.int
     write_dataset(target, xr.Dataset({"n": n}, coords=coords), mark("contrast"))
 
 
-def _create(target: Store, layout: Layout) -> dict[str, zarr.Array[Any]]:
-    widest = max(layout.widths.values())
+def _create(target: Store, layout: Layout) -> dict[str, Grid]:
+    widest = _widest(layout)
     inner = (len(layout.sites), len(layout.tokens), layout.layers, widest)
     layers = fitting_layers(layout.layers, 4 * widest, CHUNK_BYTES)
-    chunk = (1, 1, layers, widest)
-    shard = (*inner[:2], math.ceil(layout.layers / layers) * layers, widest)
     dims = ("topic", "site", "tokens", "layer", "neuron")
-    arrays = {}
+    grids = {}
     for names, outer, outer_dims in ((OF_BASE, (), ()), (OF_TUNED, (len(layout.models),), ("model",))):
         for name, meaning in names.items():
             ones = (1,) * (len(outer) + 1)
-            arrays[name] = create_array(
+            grid = Grid(
+                (*outer, len(layout.topics), *inner),
+                (*ones, *inner[:2], math.ceil(layout.layers / layers) * layers, widest),
+                (*ones, 1, 1, layers, widest),
+            )
+            create_array(
                 target,
                 name,
-                (*outer, len(layout.topics), *inner),
+                grid.shape,
                 (*outer_dims, *dims),
                 "float32",
-                (*ones, *chunk),
-                shards=(*ones, *shard),
+                grid.chunk,
+                shards=grid.file,
                 fill=math.nan,
                 attributes={"long_name": meaning, "coordinates": "width"},
             )
-    return arrays
+            grids[name] = grid
+    return grids

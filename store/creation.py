@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xarray as xr
+from zarr.storage import MemoryStore
 
 from pnlac_fast.store.datasets import write_dataset
-from pnlac_fast.store.durable import DurableStore
 from pnlac_fast.store.errors import StoreError
-from pnlac_fast.store.groups import WORK, consolidate, remove_groups, write_root
-from pnlac_fast.store.journal import JOURNAL, Journal
+from pnlac_fast.store.groups import consolidate, contents, encode_root, remove_groups
+from pnlac_fast.store.journal import JOURNAL, STORE, encode_line, listed, read_record
 from pnlac_fast.store.layout import Layout, fingerprint
-from pnlac_fast.store.locks import LOCK, changing_groups
-from pnlac_fast.store.names import local_directory
+from pnlac_fast.store.places import Location, Place, place_of
 from pnlac_fast.store.schema import (
     ACTIVATIONS,
     CONTRAST,
     EXAMPLES,
+    METADATA,
     NEURON_SETS,
     PARTIALS,
     RESULTS,
@@ -29,7 +30,9 @@ from pnlac_fast.store.schema import (
     Header,
     create_arrays,
     mark,
+    parse_header,
     read_header,
+    root_document,
 )
 from pnlac_fast.store.writer import Writer
 
@@ -39,64 +42,80 @@ EXAMPLE_COLUMNS = ("topic", "instruction", "key")
 
 
 def open_writer(
-    path: str | os.PathLike[str],
+    path: Location,
     layout: Layout,
     *,
     provenance: dict[str, Any],
     examples: Mapping[str, Sequence[Any]],
+    selected: Mapping[str, npt.NDArray[np.int32]] | None = None,
+    worker: tuple[int, int] = (0, 1),
+    part: int = 0,
     overwrite: bool = False,
 ) -> Writer:
     """Create a store, or open one made with the same layout to go on with it.
 
     Parameters
     ----------
-    path : str or PathLike
-        A directory that does not exist, is empty, or is a store.
+    path : str, PathLike or zarr Store
+        A directory that does not exist, is empty, or is a store; a URL; or any zarr Store.
     layout : Layout
         What decides the numbers.
     provenance : dict
         JSON values that say where the store comes from; those of the run that created it are kept.
     examples : dict of str to sequence
         Columns of equal length, one row per question: text or whole numbers; `topic`, `instruction` and `key` at least.
+    selected : dict of site to int32 array (neuron, 2), optional
+        Layer and neuron of each chosen neuron, where `layout.raw` keeps chosen neurons only.
+    worker : (int, int)
+        Which of how many writers this one is: worker i of n takes the units whose number is i modulo n. Any number of
+        them, changed between runs, ends in the same bytes.
+    part : int
+        Which of `layout.parts` slices of neurons this writer brings.
     overwrite : bool
         Start anew: remove the groups of an existing store, results included. Other directories are never touched.
 
     Returns
     -------
     Writer
-        Holds the store's lock until closed.
+        Holds the right to write as this worker until closed.
 
     Raises
     ------
     StoreError
-        If another process writes to the store; if it was made with other settings (the message lists each
-        difference); if the path is not a store; if a committed unit's files are missing.
+        If another process writes as this worker, or with another number of workers; if the store was made with other
+        settings (the message lists each difference); if the path is not a store; if a committed unit's files are
+        missing.
     """
-    root = local_directory(path)
+    place = place_of(path)
     columns = _examples(layout, examples)
-    _occupant(root)
-    root.mkdir(parents=True, exist_ok=True)
-    with changing_groups(root):
-        header = _occupant(root)
-        if header is not None and header.layout is None and not overwrite:
-            raise StoreError(f"{root} holds results only; give another path, or use --overwrite to remove them.")
-        journal = Journal(root)
-        try:
+    chosen = _selected(layout, selected)
+    if not (0 <= worker[0] < worker[1] and 0 <= part < layout.parts):
+        raise ValueError(f"worker {worker} or part {part} of {layout.parts} is out of range")
+    if overwrite and (worker[1] > 1 or layout.parts > 1):
+        raise StoreError(f"Several workers cannot start {place.name} anew; remove it first, or let one process do it.")
+    _occupant(place)
+    with ExitStack() as held:
+        with place.changing():
+            held.enter_context(place.claim((*worker, part)))
+            place.recover()
+            header = _occupant(place)
+            if header is not None and header.layout is None and not overwrite:
+                raise StoreError(f"{place.name} holds results only; give another path, or use --overwrite.")
             if header is not None and overwrite:
-                journal.clear()
-                remove_groups(root, (*_OF_CAPTURE, *_OF_USERS))
+                place.remove(JOURNAL)
+                remove_groups(place, (*_OF_CAPTURE, *_OF_USERS))
             elif header is not None:
-                _check_same(root, header, layout, fingerprint(columns))
-            if header is None or overwrite or not journal.started:
-                _create(root, layout, provenance, columns)
-                journal.start(layout)
-            return Writer(root, layout, journal, columns["topic"])
-        except BaseException:
-            journal.close()
-            raise
+                _check_same(place, header, layout, fingerprint(columns))
+            if read_record(place, STORE) is None:
+                attributes = mark(
+                    "capture", layout=layout.to_json(), provenance=provenance, examples=fingerprint(columns)
+                )
+                made = _capture_files(layout, columns, chosen)
+                _create(place, attributes, made, layout, anew=overwrite)
+        return Writer(place, layout, columns["topic"], worker, part, held.pop_all())
 
 
-def create_results(path: str | os.PathLike[str], *, provenance: dict[str, Any] | None = None) -> None:
+def create_results(path: Location, *, provenance: dict[str, Any] | None = None) -> None:
     """Make a store for results only at `path`; where any pnlac store is already, leave it as it is.
 
     Raises
@@ -104,57 +123,87 @@ def create_results(path: str | os.PathLike[str], *, provenance: dict[str, Any] |
     StoreError
         If `path` is something else than a store or an empty directory.
     """
-    root = local_directory(path)
-    _occupant(root)
-    root.mkdir(parents=True, exist_ok=True)
-    with changing_groups(root):
-        if _occupant(root) is None:
-            _begin(root, mark("results", provenance=provenance or {}))
-            consolidate(root)
+    place = place_of(path)
+    _occupant(place)
+    with place.changing():
+        if _occupant(place) is None:
+            _create(place, mark("results", provenance=provenance or {}), _results_files(), None, anew=False)
 
 
-def _occupant(root: Path) -> Header | None:
-    """Return the header of the store at `root`, None where there is nothing; refuse everything else."""
-    if not root.exists():
-        return None
-    if not root.is_dir():
-        raise StoreError(f"{root} is a file; give the path of a directory that is a store or does not exist yet.")
-    if (root / "zarr.json").exists():
-        return read_header(root)
-    # A crash between the first steps of making a store leaves no more than these.
-    foreign = sorted({entry.name for entry in root.iterdir()} - {LOCK, JOURNAL, WORK, "zarr.json.partial"})
-    if foreign:
-        raise StoreError(f"{root} is not a pnlac store (it holds {foreign[0]}), and is left alone; give another path.")
+def _occupant(place: Place) -> Header | None:
+    """Return the header of the store at `place`, None where there is nothing; refuse everything else."""
+    if place.read(METADATA) is not None:
+        header = read_header(place)
+        if place.read("journal.jsonl") is not None:
+            raise StoreError(
+                f"{place.name} was made by a version before the first release, which this one does not read; make it "
+                "again at another path."
+            )
+        return header
+    foreign = place.foreign()
+    if foreign is not None:
+        raise StoreError(
+            f"{place.name} is not a pnlac store (it holds {foreign}), and is left alone; give another path."
+        )
     return None
 
 
-def _check_same(root: Path, header: Header, layout: Layout, examples: str) -> None:
+def _check_same(place: Place, header: Header, layout: Layout, examples: str) -> None:
     assert header.layout is not None
     differences = header.layout.differences(layout)
     if header.examples != examples:
         differences.append(("examples (sha256)", header.examples[:12], examples[:12]))
     if differences:
-        listed = "; ".join(f"{name}: stored {stored}, given {given}" for name, stored, given in differences)
-        raise StoreError(f"{root} was made with other settings ({listed}); use --overwrite, or give another path.")
+        given = "; ".join(f"{name}: stored {stored}, given {given}" for name, stored, given in differences)
+        raise StoreError(f"{place.name} was made with other settings ({given}); use --overwrite, or give another path.")
 
 
-def _begin(root: Path, attributes: dict[str, Any]) -> None:
-    write_root(root, attributes)
-    (root / RESULTS).mkdir(exist_ok=True)
-    if not (root / RESULTS / "zarr.json").exists():
-        write_root(root / RESULTS, mark("results"))
+def _create(
+    place: Place, attributes: dict[str, Any], files: Mapping[str, bytes], layout: Layout | None, *, anew: bool
+) -> None:
+    """Write what a store is made of: the root, so that it is known to be one; `files`; and the line that says so."""
+    root = encode_root(attributes, {})
+    if anew:
+        place.write(METADATA, [root])
+    elif not place.create(METADATA, root):
+        attributes = _agreed(place, read_header(place).attributes, attributes, layout)
+    written = {name: place.write(name, [content]) for name, content in files.items()}
+    place.sync()
+    record = {"attributes": attributes, "files": listed(written)}
+    if not place.create(STORE, encode_line(record)):  # another worker was faster
+        theirs = read_record(place, STORE)
+        assert theirs is not None
+        attributes = _agreed(place, theirs["attributes"], attributes, layout)
+    consolidate(place, attributes)
 
 
-def _create(root: Path, layout: Layout, provenance: dict[str, Any], columns: dict[str, list[Any]]) -> None:
-    attributes = mark("capture", layout=layout.to_json(), provenance=provenance, examples=fingerprint(columns))
-    if (root / "zarr.json").exists():
-        remove_groups(root, _OF_CAPTURE)
-    _begin(root, attributes)
-    store = DurableStore(root)
-    write_dataset(store, _table(columns), mark("examples"), EXAMPLES)
-    create_arrays(store, layout)
-    store.flush()
-    consolidate(root)
+def _agreed(place: Place, stored: Any, given: dict[str, Any], layout: Layout | None) -> dict[str, Any]:
+    """Return the attributes that are there, which must be of the same layout; they say where the store comes from."""
+    header, ours = parse_header(stored, place.name), parse_header(given, place.name)
+    if header.kind != ours.kind:
+        raise StoreError(f"{place.name} is being made as something else by another process; give another path.")
+    if layout is not None:
+        _check_same(place, header, layout, ours.examples)
+    return header.attributes
+
+
+def _capture_files(
+    layout: Layout, columns: dict[str, list[Any]], selected: Mapping[str, npt.NDArray[np.int32]]
+) -> dict[str, bytes]:
+    made = MemoryStore()
+    write_dataset(made, _table(columns), mark("examples"), EXAMPLES)
+    create_arrays(made, layout, selected)
+    return _below_root(made) | _results_files()
+
+
+def _results_files() -> dict[str, bytes]:
+    document = root_document(mark("results"))
+    return {f"{RESULTS}/{METADATA}": json.dumps(document, indent=2, ensure_ascii=False).encode()}
+
+
+def _below_root(made: MemoryStore) -> dict[str, bytes]:
+    """Return the files of `made` but for the root's metadata, which is ours to write."""
+    return {name: content for name, content in contents(made).items() if name != METADATA}
 
 
 def _examples(layout: Layout, examples: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -166,6 +215,22 @@ def _examples(layout: Layout, examples: Mapping[str, Sequence[Any]]) -> dict[str
     if unknown:
         raise ValueError(f"an example has the topic {unknown[0]!r}, which is not in the layout")
     return columns
+
+
+def _selected(layout: Layout, selected: Mapping[str, npt.NDArray[np.int32]] | None) -> dict[str, npt.NDArray[np.int32]]:
+    """Return the chosen neurons, or raise ValueError where they are not those of the layout."""
+    given = dict(selected or {})
+    if layout.raw.neurons != describe_selected(given):
+        raise ValueError("the chosen neurons are not those of the layout")
+    for site, pairs in given.items():
+        if len(pairs) and (pairs.min() < 0 or (pairs >= (layout.layers, layout.widths[site])).any()):
+            raise ValueError(f"a chosen neuron of {site} does not exist")
+    return given
+
+
+def describe_selected(selected: Mapping[str, npt.NDArray[np.int32]]) -> dict[str, list[Any]]:
+    """Return what `Raw.neurons` says of chosen neurons: how many, and the SHA-256 of their (layer, neuron) list."""
+    return {site: [len(pairs), fingerprint(np.asarray(pairs).tolist())] for site, pairs in selected.items()}
 
 
 def _table(columns: dict[str, list[Any]]) -> xr.Dataset:

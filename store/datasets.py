@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import LocalStore
+from zarr.core.chunk_key_encodings import ChunkKeyEncodingParams
 
 from pnlac_fast.store.errors import StoreError
-from pnlac_fast.store.schema import ATTRIBUTE, FLAT_KEYS
 
+ATTRIBUTE = "pnlac"  # the one attribute of every group that is ours
+# All chunks of an array lie in its own directory, so that one fsync makes their names durable.
+FLAT_KEYS = ChunkKeyEncodingParams(name="default", separator=".")
 _PACKED = (ZstdCodec(level=3), Crc32cCodec())
 
 
@@ -52,9 +53,9 @@ def write_dataset(store: Store, ds: xr.Dataset, attributes: dict[str, Any], grou
     plain.to_zarr(store, group=group, mode="w-", zarr_format=3, consolidated=False, encoding=encoding)
 
 
-def read_dataset(root: Path, group: str) -> xr.Dataset:
-    """Return a group of the store at `root`, lazily: text as Python strings, our own attribute left out."""
-    ds: xr.Dataset = xr.open_zarr(LocalStore(root, read_only=True), group=group, consolidated=False, chunks=None)
+def read_dataset(store: Store, group: str) -> xr.Dataset:
+    """Return a group of `store`, lazily: text as Python strings, our own attribute left out."""
+    ds: xr.Dataset = xr.open_zarr(store, group=group, consolidated=False, chunks=None)
     ds.attrs.pop(ATTRIBUTE, None)
     texts = {name: variable for name, variable in ds.variables.items() if variable.dtype.kind == "T"}
     ds = ds.assign({name: variable.astype(object) for name, variable in texts.items()})

@@ -3,98 +3,96 @@
 from __future__ import annotations
 
 import json
-import shutil
-import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
-from urllib.parse import quote, unquote
 
-import zarr
-from zarr.errors import ZarrUserWarning
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import MemoryStore
 
-from pnlac_fast.store.durable import DurableStore, sync_directory, write_file
-
-WORK = ".work"  # groups are made here, out of the sight of readers
-METADATA = "zarr.json"
-_OLD = "old."
+from pnlac_fast.store.journal import encode_line, group_key, listed
+from pnlac_fast.store.places import Bytes, Place
+from pnlac_fast.store.schema import METADATA, root_document
 
 
-def write_root(root: Path, attributes: dict[str, Any]) -> None:
-    """Write the root's metadata anew, without consolidated metadata, in one durable rename."""
-    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    write_file(root / METADATA, json.dumps(document, indent=2, ensure_ascii=False).encode())
-    sync_directory(root)
+def contents(store: MemoryStore) -> dict[str, bytes]:
+    """Return what is in a memory store, sorted by key."""
+
+    async def read() -> dict[str, bytes]:
+        keys = sorted([key async for key in store.list()])
+        found = {key: await store.get(key, default_buffer_prototype()) for key in keys}
+        return {key: value.to_bytes() for key, value in found.items() if value is not None}
+
+    return sync(read())
 
 
-def consolidate(root: Path) -> None:
-    """Write the metadata of all groups and arrays into the root's ``zarr.json``, in one durable rename."""
-    store = DurableStore(root)
-    with warnings.catch_warnings():
-        # zarr warns that other readers may ignore this metadata, which they may, and that our journal is no array.
-        warnings.simplefilter("ignore", ZarrUserWarning)
-        zarr.consolidate_metadata(store)
-    store.flush()
+def write_root(place: Place, attributes: dict[str, Any], consolidated: dict[str, Any]) -> None:
+    """Write the root's metadata, with the metadata of all groups and arrays in `consolidated`."""
+    place.write(METADATA, [encode_root(attributes, consolidated)])
+    place.sync()
 
 
-def withdraw(root: Path, path: str) -> None:
-    """Take the group `path` out of the root's consolidated metadata, in one durable rename."""
-    document = json.loads((root / METADATA).read_bytes())
-    listed = document.get("consolidated_metadata", {}).get("metadata", {})
-    hidden = [name for name in listed if name == path or name.startswith(path + "/")]
+def encode_root(attributes: dict[str, Any], consolidated: dict[str, Any]) -> bytes:
+    """Return the root's ``zarr.json``: the same bytes for the same content."""
+    document = root_document(attributes)
+    document["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": consolidated}
+    return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False).encode()
+
+
+def collect(place: Place) -> dict[str, Any]:
+    """Return the metadata of all groups and arrays below the root, by path."""
+    keys = [key for key in place.sizes() if key.endswith("/" + METADATA)]
+    found = place.read_all(keys)
+    return {key.removesuffix("/" + METADATA): json.loads(found[key]) for key in sorted(found)}
+
+
+def consolidate(place: Place, attributes: dict[str, Any]) -> None:
+    """Write the root's metadata anew: `attributes`, and what is there."""
+    write_root(place, attributes, collect(place))
+
+
+def withdraw(place: Place, paths: Iterable[str]) -> None:
+    """Take groups out of the root's consolidated metadata."""
+    content = place.read(METADATA)
+    if content is None:
+        return
+    document = json.loads(content)
+    below = document.get("consolidated_metadata", {}).get("metadata", {})
+    hidden = {name for name in below for path in paths if name == path or name.startswith(path + "/")}
     if hidden:
-        for name in hidden:
-            del listed[name]
-        write_file(root / METADATA, json.dumps(document, indent=2, ensure_ascii=False).encode())
-        sync_directory(root)
+        write_root(place, document["attributes"], {n: m for n, m in below.items() if n not in hidden})
 
 
-def replace_group(root: Path, path: str, write: Callable[[DurableStore], None]) -> None:
-    """Make or replace the group `path` of the store at `root`; the caller holds `changing_groups`.
+def replace_group(place: Place, path: str, files: Iterable[tuple[str, Bytes]]) -> None:
+    """Make or replace the group `path`; the caller holds `place.changing()`.
 
     Stock readers go by the root's consolidated metadata. So a group that is to be replaced is taken out of it first and
     put back last: whoever opens it in between, or after a crash, finds no group rather than one that is half old.
 
     Parameters
     ----------
-    root : Path
-        The store's directory.
+    place : Place
+        The store's place.
     path : str
         The group, such as ``results/stance``; its parent exists.
-    write : callable
-        Fills the store that it is given, whose root becomes the group.
+    files : iterable of (str, bytes)
+        Every file of the group, names relative to it.
     """
-    work, target = root / WORK, root / path
-    _clear_work(root)
-    store = DurableStore(work / "new")
-    write(store)
-    store.flush()
-    withdraw(root, path)
-    if target.exists():
-        target.rename(work / (_OLD + quote(path, safe="")))
-    (work / "new").rename(target)
-    sync_directory(target.parent)
-    consolidate(root)
-    _clear_work(root)
+    withdraw(place, [path])
+    place.remove(group_key(path))
+    written = place.replace(path, files)
+    record = {"group": path, "files": listed({f"{path}/{name}": value for name, value in written.items()})}
+    place.write(group_key(path), [encode_line(record)])
+    place.sync()
+    content = place.read(METADATA)
+    assert content is not None
+    consolidate(place, json.loads(content)["attributes"])
 
 
-def remove_groups(root: Path, paths: Sequence[str]) -> None:
-    """Remove those of the groups `paths` that are there; the caller holds `changing_groups`."""
-    for path in paths:
-        withdraw(root, path)
-    _clear_work(root)
-    for path in paths:
-        if (root / path).exists():
-            shutil.rmtree(root / path)
-    sync_directory(root)
-
-
-def _clear_work(root: Path) -> None:
-    """Remove what was being made, but put a group back that a crash kept from being replaced."""
-    work = root / WORK
-    if work.exists():
-        for old in work.glob(_OLD + "*"):
-            target = root / unquote(old.name.removeprefix(_OLD))
-            if not target.exists():
-                old.rename(target)
-        shutil.rmtree(work)
+def remove_groups(place: Place, paths: Iterable[str]) -> None:
+    """Remove those of the groups `paths` that are there; the caller holds `place.changing()`."""
+    gone = list(paths)
+    withdraw(place, gone)
+    for path in gone:
+        place.remove(group_key(path))
+        place.remove(path)

@@ -1,167 +1,130 @@
-"""The journal: one checksummed line per committed unit. Readers trust only what it names."""
+"""The journal: one checksummed line per committed thing, each in a file of its own. Readers trust only what it names.
+
+A line a file, not lines in one file: object stores cannot append, and workers need not know of each other.
+"""
 
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
-from types import TracebackType
+from collections.abc import Mapping
 from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 import google_crc32c
 
-from pnlac_fast.store.durable import sync_directory
 from pnlac_fast.store.errors import StoreError
 from pnlac_fast.store.layout import Layout
-from pnlac_fast.store.locks import try_lock
+from pnlac_fast.store.places import Place, Sum
 
-JOURNAL = "journal.jsonl"
+JOURNAL = "journal"
+STORE = f"{JOURNAL}/store.json"
 _HEAD, _MIDDLE, _TAIL = b'{"crc32c":"', b'","record":', b"}"
+
+Files = dict[str, Sum]
 
 
 class Committed(NamedTuple):
-    """A committed unit: its index in the layout and, for each file it wrote, the bytes and the CRC-32."""
+    """One part of a committed unit: the unit, the part, and each file it wrote with its bytes and their hash."""
 
     unit: int
-    files: dict[str, tuple[int, int]]
+    part: int
+    files: Files
 
 
-def encode_line(record: dict[str, Any]) -> bytes:
+def encode_line(record: Mapping[str, Any]) -> bytes:
     """Return the line ``{"crc32c":"<8 hex digits>","record":<record>}``, with the checksum of the record's bytes."""
-    body = json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+    body = json.dumps(record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     return _HEAD + b"%08x" % google_crc32c.value(body) + _MIDDLE + body + _TAIL + b"\n"
 
 
 def decode_line(line: bytes) -> dict[str, Any] | None:
-    """Return the record of a journal line (without its newline), or None where the line is torn or damaged."""
+    """Return the record of a journal line, or None where the line is torn or damaged."""
     start = len(_HEAD) + 8 + len(_MIDDLE)
-    body = line[start : -len(_TAIL)]
-    if line != _HEAD + b"%08x" % google_crc32c.value(body) + _MIDDLE + body + _TAIL:
+    body = line[start : -len(_TAIL) - 1]
+    if line != _HEAD + b"%08x" % google_crc32c.value(body) + _MIDDLE + body + _TAIL + b"\n":
         return None
     try:
         record = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 
 
-def parse(content: bytes, path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the records of a journal and the length of its sound beginning in bytes.
+def unit_key(unit: int, part: int) -> str:
+    """Return the key of the line of a unit's part."""
+    return f"{JOURNAL}/unit.{unit}.{part}.json"
 
-    A last line that is torn was never acknowledged, and is left out. A damaged line with a sound one after it is not a
-    crash's work, and raises StoreError.
-    """
-    lines = content.split(b"\n")[:-1]
-    decoded = [decode_line(line) for line in lines]
-    sound = next((index for index, record in enumerate(decoded) if record is None), len(decoded))
-    if any(record is not None for record in decoded[sound:]):
+
+def group_key(path: str) -> str:
+    """Return the key of the line of a group that is written as a whole."""
+    return f"{JOURNAL}/group.{quote(path, safe='')}.json"
+
+
+def group_of(key: str) -> str | None:
+    """Return the group whose line `key` is, or None."""
+    name = key.removeprefix(f"{JOURNAL}/group.")
+    return unquote(name.removesuffix(".json")) if name != key else None
+
+
+def listed(files: Files) -> dict[str, list[Any]]:
+    """Return files as a record holds them: ``{name: [bytes, "<16 hex digits>"]}``."""
+    return {name: [size, digest] for name, (size, digest) in sorted(files.items())}
+
+
+def files_of(record: Mapping[str, Any]) -> Files:
+    """Return the files of a record; ValueError where it has none."""
+    try:
+        return {str(name): (int(size), str(digest)) for name, (size, digest) in record["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("no files") from error
+
+
+def read_record(place: Place, key: str, line: bytes | None = None) -> dict[str, Any] | None:
+    """Return the record at `key`, or None where there is none; StoreError where it is damaged."""
+    line = place.read(key) if line is None else line
+    if line is None:
+        return None
+    record = decode_line(line)
+    if record is None:
         raise StoreError(
-            f"Line {sound + 1} of {path} is damaged, so it cannot be told which unit it committed; "
-            "restore the file from a copy, or start again with --overwrite."
+            f"{place.name}/{key} is damaged; run the cache command again with --repair, or pnlac-fast info --verify "
+            "to see all of the damage."
         )
-    return [record for record in decoded[:sound] if record is not None], sum(len(line) + 1 for line in lines[:sound])
+    return record
 
 
-def read_journal(root: Path, layout: Layout) -> list[Committed]:
-    """Return the committed units of the store at `root`, in the order of their commits; reads only, takes no lock."""
-    path = root / JOURNAL
-    return _committed(parse(path.read_bytes(), path)[0], layout, path) if path.exists() else []
+def commit_unit(place: Place, layout: Layout, unit: int, part: int, files: Files) -> bool:
+    """Write the line of a unit's part; when this returns it is committed for good. False if another writer's is there.
 
-
-def _committed(records: list[dict[str, Any]], layout: Layout, path: Path) -> list[Committed]:
-    if not records:
-        return []
-    head, *rest = records
-    if head.get("layout") != layout.fingerprint():
-        raise StoreError(f"{path} belongs to another store; put the store's own journal back, or use --overwrite.")
-    seen: dict[int, Committed] = {}
-    for record in rest:
-        try:
-            unit = int(record["unit"])
-            files = {str(name): (int(size), int(crc, 16)) for name, (size, crc) in record["files"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise StoreError(f"{path} has a line that is no unit's; restore it or use --overwrite.") from error
-        if unit in seen or not 0 <= unit < len(layout.units):
-            raise StoreError(f"{path} names unit {unit}, which is doubled or unknown; restore it or use --overwrite.")
-        seen[unit] = Committed(unit, files)
-    return list(seen.values())
-
-
-class Journal:
-    """The journal of one store, opened by its only writer.
-
-    Parameters
-    ----------
-    root : Path
-        The store's directory.
-
-    Raises
-    ------
-    StoreError
-        If another writer holds the journal.
+    The same line there already counts as written: who wrote the same bits has lost nothing.
     """
+    key = unit_key(unit, part)
+    line = encode_line({"unit": unit, "part": part, "layout": layout.fingerprint(), "files": listed(files)})
+    return place.create(key, line) or place.read(key) == line
 
-    def __init__(self, root: Path) -> None:
-        self.path = root / JOURNAL
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+
+def read_journal(place: Place, layout: Layout, keys: Mapping[str, int] | None = None) -> list[Committed]:
+    """Return the committed parts of units, sorted; `keys` are those of the place where they are known already."""
+    known = place.sizes(f"{JOURNAL}/") if keys is None else keys
+    lines = place.read_all(key for key in known if key.startswith(f"{JOURNAL}/unit."))
+    found = []
+    for key, line in lines.items():
+        record = read_record(place, key, line)
+        assert record is not None
         try:
-            if not try_lock(self._descriptor):
-                raise StoreError(f"Another process is writing to {root}; wait until it ends, or use another path.")
-            self._records, self._length = parse(self.path.read_bytes(), self.path)
-        except BaseException:
-            os.close(self._descriptor)
-            raise
+            unit, part, files = int(record["unit"]), int(record["part"]), files_of(record)
+            ours = record["layout"] == layout.fingerprint() and unit_key(unit, part) == key
+        except (KeyError, TypeError, ValueError):
+            ours = False
+        if not ours or not (0 <= unit < len(layout.units) and 0 <= part < layout.parts):
+            raise StoreError(
+                f"{place.name}/{key} belongs to another store; put the store's own file back, or use --repair."
+            )
+        found.append(Committed(unit, part, files))
+    return sorted(found)
 
-    @property
-    def started(self) -> bool:
-        """Whether the journal has its first line, which is written when the store's arrays are all there."""
-        return bool(self._records)
 
-    @property
-    def closed(self) -> bool:
-        """Whether the right to write was given back."""
-        return self._descriptor < 0
-
-    def start(self, layout: Layout) -> None:
-        """Write the first line, which ties the journal to `layout`."""
-        self._append({"journal": 1, "layout": layout.fingerprint()})
-        sync_directory(self.path.parent)
-
-    def committed(self, layout: Layout) -> list[Committed]:
-        """Return the committed units in the order of their commits."""
-        return _committed(self._records, layout, self.path)
-
-    def commit(self, unit: int, files: dict[str, tuple[int, int]]) -> None:
-        """Write the line of `unit`; when this returns, the unit is committed for good."""
-        listed = {name: [size, f"{crc:08x}"] for name, (size, crc) in files.items()}
-        self._append({"unit": unit, "files": listed})
-
-    def clear(self) -> None:
-        """Forget everything, durably."""
-        os.ftruncate(self._descriptor, 0)
-        os.fsync(self._descriptor)
-        self._records, self._length = [], 0
-
-    def _append(self, record: dict[str, Any]) -> None:
-        line = encode_line(record)
-        os.ftruncate(self._descriptor, self._length)  # cuts the torn tail of a crash or of a failed append
-        written = 0
-        while written < len(line):
-            written += os.pwrite(self._descriptor, line[written:], self._length + written)
-        os.fsync(self._descriptor)
-        self._records.append(record)
-        self._length += len(line)
-
-    def close(self) -> None:
-        """Give the journal, and with it the right to write, back; closing twice does nothing."""
-        if not self.closed:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+def done_units(committed: list[Committed], layout: Layout) -> set[int]:
+    """Return the units of which every part is committed."""
+    parts = [record.unit for record in committed]
+    return {unit for unit in set(parts) if parts.count(unit) == layout.parts}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from pnlac_fast.store.errors import StoreError
 from pnlac_fast.store.names import check_names
+from pnlac_fast.store.shards import DTYPES, Dtype
 
-RAW = ("none", "last", "full")
+RAW = ("none", "last", "pooled", "selected", "full")
+SELECTORS = ("last", "completion", "prompt", "all")  # each raw row says how often each of these counts it
 BASE = "base"  # the directory of the base model's raw activations, so no tuned model may take the name
 
 
@@ -39,6 +41,39 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Raw:
+    """Which raw activations are kept, and how.
+
+    Attributes
+    ----------
+    tokens : {"none", "last", "pooled", "selected", "full"}
+        Of which tokens: none; the last of each prompt; means over the tokens that each token selector counts in a text;
+        those tokens themselves; or all.
+    dtype : {"float32", "float16", "bfloat16"}
+        How they are stored.
+    layers : tuple of int
+        Of which layers, ascending; ignored where neurons are chosen.
+    neurons : dict of str to list
+        Where only chosen neurons are kept, how many at each site and the SHA-256 of their (layer, neuron) list.
+    """
+
+    tokens: str = "none"
+    dtype: Dtype = "float32"
+    layers: tuple[int, ...] = ()
+    neurons: dict[str, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(int(layer) for layer in self.layers))
+        if self.tokens not in RAW:
+            raise StoreError(f"Raw activations {self.tokens!r} are not known; use one of {', '.join(RAW)}.")
+        if self.dtype not in DTYPES:
+            raise StoreError(f"Raw activations cannot be stored as {self.dtype!r}; use one of {', '.join(DTYPES)}.")
+
+
+NO_RAW = Raw()
+
+
+@dataclass(frozen=True)
 class Layout:
     """Everything that decides the numbers of a store; a store is only ever resumed with an equal layout.
 
@@ -52,10 +87,12 @@ class Layout:
         Number of neurons of each site.
     units : tuple of Unit
         All units, in the order in which their partial sums are added.
-    raw : {"none", "last", "full"}
+    raw : Raw
         Which raw activations are kept.
     settings : dict
         Any JSON values that decide the numbers: data hash, model revision, dtype, template and so on.
+    parts : int
+        Into how many equal slices of neurons each unit is cut, each written by a writer of its own (tensor parallel).
     """
 
     topics: tuple[str, ...]
@@ -65,8 +102,9 @@ class Layout:
     layers: int
     widths: dict[str, int]
     units: tuple[Unit, ...]
-    raw: Literal["none", "last", "full"]
+    raw: Raw
     settings: dict[str, Any]
+    parts: int = 1
 
     def __post_init__(self) -> None:
         for name, kind in (("topics", "topic"), ("models", "model"), ("sites", "site"), ("tokens", "token selector")):
@@ -88,28 +126,40 @@ class Layout:
             raise StoreError("There are no questions to store; check the data set and the topics asked for.")
         if BASE in self.models:
             raise StoreError(f"A tuned model is named {BASE!r}, the base model's own name; give it another name.")
-        if self.raw not in RAW:
-            raise StoreError(f"Raw activations {self.raw!r} are not known; use one of {', '.join(RAW)}.")
         if self.layers < 1 or set(self.widths) != set(self.sites) or min(self.widths.values()) < 1:
             raise ValueError("layers must be positive, and widths must give a positive width for each site")
         for unit in self.units:
             if unit.topic not in self.topics:
                 raise ValueError(f"a unit has the topic {unit.topic!r}, which is not among the topics")
-            if min(unit.first, unit.count, unit.rows) < 0 or (self.raw == "none" and unit.rows):
+            if min(unit.first, unit.count, unit.rows) < 0 or (self.raw.tokens == "none" and unit.rows):
                 raise ValueError(f"the unit ({unit}) has a negative size, or rows although none are kept")
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        raw = self.raw
+        if self.parts < 1 or any(width % self.parts for width in self.widths.values()):
+            raise StoreError(f"{self.widths} neurons cannot be cut into {self.parts} equal parts; use another number.")
+        if raw.neurons and (set(raw.neurons) != set(self.sites) or self.parts > 1):
+            raise StoreError("Chosen neurons need a choice for every site, and cannot be kept under --tp.")
+        if raw.tokens != "none" and not raw.neurons:
+            layers = list(raw.layers)
+            if not layers or layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= self.layers:
+                raise StoreError(f"Raw layers {layers} must be ascending and among 0 to {self.layers - 1}.")
 
     def to_json(self) -> dict[str, Any]:
         """Return the layout as JSON values; each unit is ``[topic, first, count, rows]``."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("topics", "models", "sites", "tokens"):
             values[name] = list(values[name])
+        values["raw"] = asdict(self.raw) | {"layers": list(self.raw.layers)}
         return values | {"units": [list(asdict(unit).values()) for unit in self.units]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Layout:
         """Return the layout that `to_json` wrote; unknown fields of a newer minor version are ignored."""
         known = {field.name: values[field.name] for field in fields(cls)}
-        return cls(**known | {"units": tuple(Unit(*unit) for unit in values["units"])})
+        raw = {field.name: values["raw"][field.name] for field in fields(Raw)}
+        return cls(**known | {"raw": Raw(**raw), "units": tuple(Unit(*unit) for unit in values["units"])})
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the layout's canonical JSON, in hexadecimal digits."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
 from urllib.parse import quote
 
 from pnlac_fast.store.errors import StoreError
@@ -49,18 +47,6 @@ def check_result_name(name: str) -> str:
             f"{name!r} cannot name a result; use a letter followed by at most 63 letters, digits or underscores."
         )
     return name
-
-
-def local_directory(path: str | os.PathLike[str]) -> Path:
-    """Return the store's path, or raise StoreError where it is not a place on this file system."""
-    text = os.fspath(path)
-    if not text:
-        raise StoreError("The path of the store is empty; name a directory such as run.zarr.")
-    if "://" in text:
-        raise StoreError(f"{text} is a URL, and stores are local directories in this version; give a local path.")
-    if "\0" in text:
-        raise StoreError("The path of the store holds a zero byte; give an ordinary path.")
-    return Path(text)
 
 
 def unknown_name(kind: str, name: str, known: Sequence[str]) -> StoreError:

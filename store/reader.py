@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from pnlac_fast.store.checks import check_group
 from pnlac_fast.store.datasets import read_dataset
 from pnlac_fast.store.errors import StoreError
-from pnlac_fast.store.journal import read_journal
-from pnlac_fast.store.layout import BASE, Layout
-from pnlac_fast.store.names import local_directory, unknown_name
+from pnlac_fast.store.journal import done_units, group_key, read_journal
+from pnlac_fast.store.names import unknown_name
+from pnlac_fast.store.places import Location, Place, place_of
 from pnlac_fast.store.results import list_results, open_sets
 from pnlac_fast.store.schema import (
     CONTRAST,
     EXAMPLES,
+    METADATA,
     NEURON_SETS,
-    TOKENS,
-    Header,
-    activations_path,
+    PARTIALS,
+    capture_layout,
+    partials_path,
     read_header,
-    slots_of,
 )
 
 
-def open_contrast(path: str | os.PathLike[str]) -> xr.Dataset:
+def open_contrast(path: Location) -> xr.Dataset:
     """Open the statistics of base, tuned and their difference, lazily.
 
     Parameters
     ----------
-    path : str or PathLike
+    path : str, PathLike or zarr Store
         The store.
 
     Returns
@@ -49,69 +48,74 @@ def open_contrast(path: str | os.PathLike[str]) -> xr.Dataset:
     StoreError
         If `path` is no store, holds no statistics, or is unfinished.
     """
-    root = local_directory(path)
-    layout = _layout(root, read_header(root))
-    if not (root / CONTRAST / "zarr.json").exists():
-        done, units = len(read_journal(root, layout)), len(layout.units)
-        raise StoreError(f"{root} is unfinished: {done} of {units} units are there; run the same cache command again.")
-    return read_dataset(root, CONTRAST)
+    place = place_of(path)
+    layout = capture_layout(place)
+    if place.read(f"{CONTRAST}/{METADATA}") is None:
+        done, units = len(done_units(read_journal(place, layout), layout)), len(layout.units)
+        then = "pnlac-fast merge it" if done == units else "run the same cache command again"
+        raise StoreError(f"{place.name} is unfinished: {done} of {units} units are there; {then}.")
+    check_group(place, CONTRAST)
+    return read_dataset(place.store, CONTRAST)
 
 
-def open_activations(path: str | os.PathLike[str], model: str, site: str) -> xr.Dataset:
-    """Open raw activations, lazily.
+def open_partials(path: Location, site: str) -> xr.Dataset:
+    """Open the sums of every unit that is committed, lazily: what halves of the questions and the like are made of.
 
     Parameters
     ----------
-    path : str or PathLike
-        The store.
-    model : str
-        A tuned model, or "base".
+    path : str, PathLike or zarr Store
+        The store, finished or not.
     site : str
         A site of the store.
 
     Returns
     -------
     xarray.Dataset
-        `activation` (layer, token, neuron), float32, with the coordinates `example` (a row of `open_examples`),
-        `position`, `token_id` and `topic` on ``token``. Rows of committed units only, in the order of the units.
+        `n` (unit, tokens), int64; `base` (unit, tokens, base_moment, layer, neuron), sums of a and a^2, and `tuned`
+        (unit, model, tokens, tuned_moment, layer, neuron), sums of b, b^2 and (b - a)^2, float64, with a and b the base
+        and tuned model's activations. Coordinates `unit` (its number), `topic`, `first` and `count` (its questions) on
+        ``unit``, and `tokens`, `model`, `base_moment`, `tuned_moment`, `layer`.
 
     Raises
     ------
     StoreError
-        If the store keeps no raw activations, or has no such model or site.
+        If `path` is no store or has no such site.
     """
-    root = local_directory(path)
-    layout = _layout(root, read_header(root))
-    if layout.raw == "none":
-        raise StoreError(f"{root} keeps no raw activations; make one with cache --raw last or --raw full.")
-    for kind, name, known in (("model", model, (BASE, *layout.models)), ("site", site, layout.sites)):
-        if name not in known:
-            raise unknown_name(kind, name, known)
-    slot = slots_of(layout).rows
-    units = sorted(record.unit for record in read_journal(root, layout))
-    rows = [unit * slot + np.arange(layout.units[unit].rows) for unit in units]
-    index = np.concatenate([np.zeros(0, np.int64), *rows])
-    tokens = read_dataset(root, TOKENS).isel(token=index).load()
-    topics = read_dataset(root, EXAMPLES)["topic"].values
-    tokens["topic"] = ("token", topics[tokens["example"].values])
-    activations = read_dataset(root, activations_path(model, site)).isel(token=index)
-    coords = {"layer": np.arange(layout.layers, dtype=np.int32)} | dict(tokens.data_vars)
-    return activations.assign_coords(coords).assign_attrs(model=model, site=site)
+    place = place_of(path)
+    layout = capture_layout(place)
+    if site not in layout.sites:
+        raise unknown_name("site", site, layout.sites)
+    check_group(place, PARTIALS)
+    units = sorted(done_units(read_journal(place, layout), layout))
+    ds = read_dataset(place.store, partials_path(site)).assign(n=read_dataset(place.store, PARTIALS)["n"])
+    moments = {f"{name}_moment": list(ds[name].attrs["moments"]) for name in ("base", "tuned")}
+    described = [layout.units[unit] for unit in units]
+    coords: dict[str, Any] = {
+        "unit": units,
+        "topic": ("unit", np.array([unit.topic for unit in described], object)),
+        "first": ("unit", np.array([unit.first for unit in described], np.int64)),
+        "count": ("unit", np.array([unit.count for unit in described], np.int64)),
+        "tokens": np.array(layout.tokens, object),
+        "model": np.array(layout.models, object),
+        "layer": np.arange(layout.layers, dtype=np.int32),
+    }
+    return ds.isel(unit=units).assign_coords(coords | moments)
 
 
-def open_examples(path: str | os.PathLike[str]) -> xr.Dataset:
+def open_examples(path: Location) -> xr.Dataset:
     """Return the questions of a store, read into memory: `topic`, `instruction`, `key` and others on ``example``."""
-    root = local_directory(path)
-    _layout(root, read_header(root))
-    return read_dataset(root, EXAMPLES).load()
+    place = place_of(path)
+    capture_layout(place)
+    check_group(place, EXAMPLES, loaded=True)
+    return read_dataset(place.store, EXAMPLES).load()
 
 
-def info(path: str | os.PathLike[str]) -> dict[str, Any]:
+def info(path: Location) -> dict[str, Any]:
     """Return what a store holds, as JSON values.
 
     Parameters
     ----------
-    path : str or PathLike
+    path : str, PathLike or zarr Store
         The store.
 
     Returns
@@ -126,40 +130,37 @@ def info(path: str | os.PathLike[str]) -> dict[str, Any]:
     StoreError
         If `path` is no store, or its journal is damaged.
     """
-    root = local_directory(path)
-    header = read_header(root)
+    place = place_of(path)
+    header = read_header(place)
+    sizes = place.sizes()
     report: dict[str, Any] = {
-        "path": str(root),
+        "path": place.name,
         "kind": header.kind,
         "format_version": "{}.{}".format(*header.version),
         "provenance": header.provenance,
-        "bytes": sum(entry.stat().st_size for entry in root.rglob("*") if entry.is_file()),
-        "neuron_sets": _set_names(root),
-        "results": list_results(root),
+        "bytes": sum(sizes.values()),
+        "neuron_sets": _set_names(place),
+        "results": list_results(place),
     }
     layout = header.layout
     if layout is None:
         return report
     described = layout.to_json()
     units = described.pop("units")
+    done = done_units(read_journal(place, layout, sizes), layout)
     return report | {
-        "complete": (root / CONTRAST / "zarr.json").exists(),
-        "units_done": len(read_journal(root, layout)),
+        "complete": group_key(CONTRAST) in sizes,
+        "units_done": len(done),
         "units_total": len(units),
         "questions": sum(unit.count for unit in layout.units),
+        "rows": sum(layout.units[unit].rows for unit in done),
         **described,
     }
 
 
-def _layout(root: Path, header: Header) -> Layout:
-    if header.layout is None:
-        raise StoreError(f"{root} holds results only; give the store of a cache command.")
-    return header.layout
-
-
-def _set_names(root: Path) -> list[str]:
-    if not (root / NEURON_SETS / "zarr.json").exists():
+def _set_names(place: Place) -> list[str]:
+    if place.read(f"{NEURON_SETS}/{METADATA}") is None:
         return []
-    sets = open_sets(root)
+    sets = open_sets(place)
     names = sets["name"] if "name" in sets else sets["neuron_set"]
     return [str(name) for name in names.values]

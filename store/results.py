@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import xarray as xr
+from zarr.storage import MemoryStore
 
+from pnlac_fast.store.checks import check_group
 from pnlac_fast.store.datasets import read_dataset, write_dataset
 from pnlac_fast.store.errors import StoreError
-from pnlac_fast.store.groups import replace_group
-from pnlac_fast.store.locks import changing_groups
-from pnlac_fast.store.names import check_result_name, local_directory, unknown_name
-from pnlac_fast.store.schema import NEURON_SETS, RESULTS, mark, read_header
+from pnlac_fast.store.groups import contents, replace_group
+from pnlac_fast.store.names import check_result_name, unknown_name
+from pnlac_fast.store.places import Location, Place, place_of
+from pnlac_fast.store.schema import METADATA, NEURON_SETS, RESULTS, mark, read_header
 
 _SET_DIMS = ("neuron_set", "layer", "neuron")
 
 
-def write_result(path: str | os.PathLike[str], name: str, ds: xr.Dataset) -> None:
+def write_result(path: Location, name: str, ds: xr.Dataset) -> None:
     """Write or replace a result.
 
     Parameters
     ----------
-    path : str or PathLike
+    path : str, PathLike or zarr Store
         The store.
     name : str
         The name of the result: a letter, then at most 63 letters, digits or underscores.
@@ -39,28 +40,29 @@ def write_result(path: str | os.PathLike[str], name: str, ds: xr.Dataset) -> Non
     _write(path, f"{RESULTS}/{check_result_name(name)}", ds, mark("result"))
 
 
-def open_result(path: str | os.PathLike[str], name: str) -> xr.Dataset:
+def open_result(path: Location, name: str) -> xr.Dataset:
     """Return the result `name`, read into memory; StoreError lists the results that are there if it is not."""
-    root = local_directory(path)
-    known = list_results(path)
+    place = place_of(path)
+    known = list_results(place)
     if name not in known:
         raise unknown_name("result", name, known)
-    return read_dataset(root, f"{RESULTS}/{name}").load()
+    return _read(place, f"{RESULTS}/{name}")
 
 
-def list_results(path: str | os.PathLike[str]) -> list[str]:
+def list_results(path: Location | Place) -> list[str]:
     """Return the names of the results in a store, sorted."""
-    root = local_directory(path)
-    read_header(root)
-    return sorted(entry.parent.name for entry in (root / RESULTS).glob("*/zarr.json"))
+    place = place_of(path)
+    read_header(place)
+    keys = [key.split("/") for key in place.sizes(f"{RESULTS}/")]
+    return sorted(parts[1] for parts in keys if len(parts) == 3 and parts[2] == METADATA)
 
 
-def write_sets(path: str | os.PathLike[str], ds: xr.Dataset) -> None:
+def write_sets(path: Location, ds: xr.Dataset) -> None:
     """Write or replace the neuron sets of a store.
 
     Parameters
     ----------
-    path : str or PathLike
+    path : str, PathLike or zarr Store
         The store.
     ds : xarray.Dataset
         `member`, bool (neuron_set, layer, neuron), with coordinates on ``neuron_set`` such as name, model, kind, topic
@@ -77,17 +79,27 @@ def write_sets(path: str | os.PathLike[str], ds: xr.Dataset) -> None:
     _write(path, NEURON_SETS, ds, mark("neuron_sets"))
 
 
-def open_sets(path: str | os.PathLike[str]) -> xr.Dataset:
+def open_sets(path: Location | Place) -> xr.Dataset:
     """Return the neuron sets that `write_sets` wrote, read into memory; StoreError if there are none."""
-    root = local_directory(path)
-    read_header(root)
-    if not (root / NEURON_SETS / "zarr.json").exists():
-        raise StoreError(f"{root} holds no neuron sets; run the locate command on it first.")
-    return read_dataset(root, NEURON_SETS).load()
+    place = place_of(path)
+    read_header(place)
+    if place.read(f"{NEURON_SETS}/{METADATA}") is None:
+        raise StoreError(f"{place.name} holds no neuron sets; run the locate command on it first.")
+    return _read(place, NEURON_SETS)
 
 
-def _write(path: str | os.PathLike[str], group: str, ds: xr.Dataset, attributes: dict[str, Any]) -> None:
-    root = local_directory(path)
-    read_header(root)
-    with changing_groups(root):
-        replace_group(root, group, lambda store: write_dataset(store, ds, attributes))
+def _read(place: Place, group: str) -> xr.Dataset:
+    check_group(place, group, loaded=True)
+    try:
+        return read_dataset(place.store, group).load()
+    except ValueError as error:  # the checksum of a chunk
+        raise StoreError(f"{place.name}/{group} is damaged ({error}); run the command that made it again.") from error
+
+
+def _write(path: Location, group: str, ds: xr.Dataset, attributes: dict[str, Any]) -> None:
+    place = place_of(path)
+    read_header(place)
+    made = MemoryStore()
+    write_dataset(made, ds, attributes)
+    with place.changing():
+        replace_group(place, group, contents(made).items())

@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+import xarray as xr
 import zarr
 from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec
-from zarr.core.chunk_key_encodings import ChunkKeyEncodingParams
 
+from pnlac_fast.store.datasets import ATTRIBUTE, FLAT_KEYS, write_dataset
 from pnlac_fast.store.errors import StoreError
-from pnlac_fast.store.layout import BASE, Layout
+from pnlac_fast.store.layout import BASE, SELECTORS, Layout
 from pnlac_fast.store.names import directory_name
+from pnlac_fast.store.places import Place
+from pnlac_fast.store.shards import array_options, stored_dtype
 
 MAJOR, MINOR = 1, 0
-ATTRIBUTE = "pnlac"  # the one attribute of every group that is ours
+METADATA = "zarr.json"
 CONTRAST, PARTIALS, ACTIVATIONS, TOKENS = "contrast", "partials", "activations", "tokens"
 EXAMPLES, NEURON_SETS, RESULTS = "examples", "neuron_sets", "results"
 
 BASE_MOMENTS = ("sum a", "sum a^2")
 TUNED_MOMENTS = ("sum b", "sum b^2", "sum (b-a)^2")
-TOKEN_COLUMNS = ("example", "position", "token_id")
+TOKEN_COLUMNS = ("example", "side", "completion", "position", "token_id")
+SIDES = ("right", "left")  # what the numbers in the column `side` mean
 
 # Measured on rows of 14336 neurons: 256 x 1024 reads one token and one neuron about equally fast.
 CHUNK_ROWS, CHUNK_NEURONS = 256, 1024
 CHUNK_BYTES, SHARD_BYTES = 1 << 20, 64 << 20
 
 CHECKED = (Crc32cCodec(),)
-# All chunks of an array lie in its own directory, so that one fsync makes their names durable.
-FLAT_KEYS = ChunkKeyEncodingParams(name="default", separator=".")
 
 
 class Header(NamedTuple):
@@ -43,6 +46,7 @@ class Header(NamedTuple):
     layout: Layout | None
     provenance: dict[str, Any]
     examples: str
+    attributes: dict[str, Any]
 
 
 class Slots(NamedTuple):
@@ -57,33 +61,55 @@ def mark(kind: str, **more: Any) -> dict[str, Any]:
     return {ATTRIBUTE: {"kind": kind, "version": {"major": MAJOR, "minor": MINOR}, **more}}
 
 
-def read_header(root: Path) -> Header:
-    """Return the header of the store at `root`.
+def root_document(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a group that has `attributes`."""
+    return {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+
+
+def read_header(place: Place) -> Header:
+    """Return the header of the store at `place`.
 
     Raises
     ------
     StoreError
         If nothing is there, if it is not a pnlac store, or if a newer major version of the format wrote it.
     """
+    content = place.read(METADATA)
+    if content is None:
+        reason = "is not a pnlac store" if place.foreign() else "does not exist"
+        raise StoreError(f"{place.name} {reason}; give the path of a store that the cache command made.")
     try:
-        attributes = json.loads((root / "zarr.json").read_bytes())["attributes"]
-        ours = attributes[ATTRIBUTE]
-        kind, version = ours["kind"], (int(ours["version"]["major"]), int(ours["version"]["minor"]))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        reason = "is not a pnlac store" if root.exists() else "does not exist"
-        raise StoreError(f"{root} {reason}; give the path of a store that the cache command made.") from None
-    except (ValueError, KeyError, TypeError):
-        raise StoreError(f"{root} is not a pnlac store, though it may be another Zarr store; check the path.") from None
+        return parse_header(json.loads(content)["attributes"], place.name)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise StoreError(
+            f"{place.name} is not a pnlac store, though it may be another Zarr store; check the path."
+        ) from None
+
+
+def capture_layout(place: Place) -> Layout:
+    """Return the layout of the store at `place`; StoreError where it has none, since it holds results only."""
+    layout = read_header(place).layout
+    if layout is None:
+        raise StoreError(f"{place.name} holds results only; give the store of a cache command.")
+    return layout
+
+
+def parse_header(attributes: Any, name: str) -> Header:
+    """Return what the root's attributes say; ValueError, KeyError or TypeError where they are no pnlac store's."""
+    ours = attributes[ATTRIBUTE]
+    kind, version = ours["kind"], (int(ours["version"]["major"]), int(ours["version"]["minor"]))
     if version[0] > MAJOR:
         raise StoreError(
-            f"{root} has format {version[0]}.{version[1]}, and this version reads formats up to {MAJOR}.x; "
+            f"{name} has format {version[0]}.{version[1]}, and this version reads formats up to {MAJOR}.x; "
             "upgrade pnlac-fast to open it."
         )
     try:
         layout = Layout.from_json(ours["layout"]) if kind == "capture" else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StoreError(f"The layout in {root}/zarr.json is damaged ({error}); restore it from a copy.") from error
-    return Header(kind, version, layout, ours.get("provenance", {}), ours.get("examples", ""))
+    except (ValueError, KeyError, TypeError, AttributeError, StoreError) as error:
+        raise StoreError(
+            f"The layout in {name}/{METADATA} is damaged ({error}); run the cache command again with --repair."
+        ) from error
+    return Header(kind, version, layout, ours.get("provenance", {}), ours.get("examples", ""), attributes)
 
 
 def slots_of(layout: Layout) -> Slots:
@@ -144,61 +170,119 @@ def create_array(
 
 
 def open_array(store: Store, path: str) -> zarr.Array[Any]:
-    """Open an array that `create_array` made, to be read or written."""
-    array = zarr.open_group(store, mode="r" if store.read_only else "r+", use_consolidated=False)[path]
+    """Open an array to be read."""
+    array = zarr.open_group(store, mode="r", use_consolidated=False)[path]
     if not isinstance(array, zarr.Array):
         raise TypeError(f"{path} is a group, not an array")
     return array
 
 
-def create_arrays(store: Store, layout: Layout) -> None:
-    """Create the empty arrays that units write: partial sums, and raw rows where they are kept."""
-    units, models, tokens, layers = len(layout.units), len(layout.models), len(layout.tokens), layout.layers
+class Grid(NamedTuple):
+    """How an array is cut: the shape of a file (a shard, or a chunk where there are no shards), and of its chunks."""
+
+    shape: tuple[int, ...]
+    file: tuple[int, ...]
+    chunk: tuple[int, ...]
+
+    def key(self, path: str, at: Sequence[int]) -> str:
+        """Return the file that holds the element with the index `at`."""
+        return f"{path}/c." + ".".join(str(index // size) for index, size in zip(at, self.file, strict=True))
+
+
+def partials_grid(layout: Layout, site: str, name: str) -> Grid:
+    """Return the grid of the partial sums ``base`` or ``tuned`` of a site."""
+    inner = (len(layout.tokens), 2) if name == "base" else (len(layout.models), len(layout.tokens), 3)
+    width = layout.widths[site]
+    whole = (*(max(1, size) for size in inner), layout.layers)
+    file = (1, *whole, width // layout.parts)
+    return Grid((len(layout.units), *inner, layout.layers, width), file, file)
+
+
+def raw_grid(layout: Layout, site: str) -> Grid:
+    """Return the grid of a site's raw activations: (layer, token, neuron), or (token, selected)."""
+    slots, raw = slots_of(layout), layout.raw
+    rows = len(layout.units) * slots.rows
+    if raw.neurons:
+        count = raw.neurons[site][0]
+        neurons, pieces = even_split(max(1, count), CHUNK_NEURONS)
+        return Grid((rows, count), (slots.rows, neurons * pieces), (slots.chunk_rows, neurons))
+    width = layout.widths[site] // layout.parts
+    if layout.parts == 1:
+        neurons, pieces = even_split(width, CHUNK_NEURONS)
+    else:  # parts begin where files do
+        neurons = max(size for size in range(1, min(width, CHUNK_NEURONS) + 1) if width % size == 0)
+        pieces = width // neurons
+    bytes_per_layer = stored_dtype(raw.dtype).itemsize * slots.rows * width
+    layers = fitting_layers(len(raw.layers), bytes_per_layer, SHARD_BYTES)
+    return Grid(
+        (len(raw.layers), rows, layout.widths[site]),
+        (layers, slots.rows, neurons * pieces),
+        (1, slots.chunk_rows, neurons),
+    )
+
+
+def create_arrays(store: Store, layout: Layout, selected: Mapping[str, npt.NDArray[np.int32]]) -> None:
+    """Write the metadata of the arrays that units fill: partial sums, and raw rows where they are kept."""
+    units, tokens = len(layout.units), len(layout.tokens)
     zarr.create_group(store, path=PARTIALS, attributes=mark("partials"))
     create_array(store, f"{PARTIALS}/n", (units, tokens), ("unit", "tokens"), "int64", (1, tokens), fill=-1)
-    for site, width in layout.widths.items():
-        path, sums = partials_path(site), (layers, width)
+    for site in layout.sites:
+        path = partials_path(site)
         zarr.create_group(store, path=path, attributes=mark("partials", site=site))
-        for name, moments, dims, sizes in (
-            ("base", BASE_MOMENTS, ("tokens", "base_moment"), (tokens, 2)),
-            ("tuned", TUNED_MOMENTS, ("model", "tokens", "tuned_moment"), (models, tokens, 3)),
+        for name, moments, dims in (
+            ("base", BASE_MOMENTS, ("tokens", "base_moment")),
+            ("tuned", TUNED_MOMENTS, ("model", "tokens", "tuned_moment")),
         ):
+            grid = partials_grid(layout, site, name)
             create_array(
                 store,
                 f"{path}/{name}",
-                (units, *sizes, *sums),
+                grid.shape,
                 ("unit", *dims, "layer", "neuron"),
                 "float64",
-                (1, *(max(1, size) for size in sizes), *sums),
+                grid.chunk,
                 fill=math.nan,
                 attributes={"moments": list(moments)},
             )
-    if layout.raw != "none":
-        _create_raw(store, layout)
+    if layout.raw.tokens != "none":
+        _create_raw(store, layout, selected)
 
 
-def _create_raw(store: Store, layout: Layout) -> None:
-    slots = slots_of(layout)
+def _create_raw(store: Store, layout: Layout, selected: Mapping[str, npt.NDArray[np.int32]]) -> None:
+    slots, raw = slots_of(layout), layout.raw
     rows = len(layout.units) * slots.rows
     zarr.create_group(store, path=TOKENS, attributes=mark("tokens"))
     for column in TOKEN_COLUMNS:
-        create_array(store, f"{TOKENS}/{column}", (rows,), ("token",), "int32", (slots.rows,), fill=-1)
+        meaning = {"flag_values": [0, 1], "flag_meanings": " ".join(SIDES)} if column == "side" else None
+        create_array(
+            store, f"{TOKENS}/{column}", (rows,), ("token",), "int32", (slots.rows,), fill=-1, attributes=meaning
+        )
+    counts = (rows, len(SELECTORS))
+    chunk = (slots.rows, len(SELECTORS))
+    attributes = {"selectors": list(SELECTORS)}
+    create_array(
+        store, f"{TOKENS}/counts", counts, ("token", "selector"), "int32", chunk, fill=0, attributes=attributes
+    )
     zarr.create_group(store, path=ACTIVATIONS, attributes=mark("activations"))
     for model in (BASE, *layout.models):
         group = f"{ACTIVATIONS}/{directory_name(model)}"
         zarr.create_group(store, path=group, attributes=mark("activations", model=model))
-        for site, width in layout.widths.items():
-            path = activations_path(model, site)
-            neurons, pieces = even_split(width, CHUNK_NEURONS)
-            layers = fitting_layers(layout.layers, 4 * slots.rows * width, SHARD_BYTES)
-            zarr.create_group(store, path=path, attributes=mark("activations", model=model, site=site))
-            create_array(
+        for site in layout.sites:
+            path, grid = activations_path(model, site), raw_grid(layout, site)
+            if raw.neurons:
+                dims: tuple[str, ...] = ("token", "selected")
+                coords = {name: ("selected", selected[site][:, i]) for i, name in enumerate(("layer", "neuron"))}
+            else:
+                dims = ("layer", "token", "neuron")
+                coords = {"layer": ("layer", np.array(raw.layers, np.int32))}
+            write_dataset(store, xr.Dataset(coords=coords), mark("activations", model=model, site=site), path)
+            zarr.create_array(
                 store,
-                f"{path}/activation",
-                (layout.layers, rows, width),
-                ("layer", "token", "neuron"),
-                "float32",
-                (1, slots.chunk_rows, neurons),
-                fill=math.nan,
-                shards=(layers, slots.rows, pieces * neurons),
+                name=f"{path}/activation",
+                shape=grid.shape,
+                chunks=grid.chunk,
+                shards=grid.file,
+                dimension_names=dims,
+                chunk_key_encoding=FLAT_KEYS,
+                **array_options(raw.dtype),
             )

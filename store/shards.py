@@ -124,13 +124,13 @@ def encode_shard(
     """Return the bytes of one shard; `shard_pieces` says of what, and does not hold them all at once."""
     content = bytearray()
     for piece in shard_pieces(block, shard_shape, chunk_shape, dtype):
-        content += piece.data
+        content += piece
     return content
 
 
 def shard_pieces(
     block: npt.NDArray[Any], shard_shape: Sequence[int], chunk_shape: Sequence[int], dtype: Dtype
-) -> Iterator[npt.NDArray[np.uint8]]:
+) -> Iterator[memoryview]:
     """Return the bytes of one shard, piece by piece: each inner chunk, then the index.
 
     Parameters
@@ -144,7 +144,7 @@ def shard_pieces(
 
     Yields
     ------
-    uint8 array
+    memoryview of bytes
         A piece; the last four bytes of each are the CRC-32C of the others. **It is valid until the next one is asked
         for**, which takes its place in memory: what goes to the disk at once is then still in the cache.
 
@@ -165,7 +165,7 @@ def shard_pieces(
 
 def _pieces(
     bits: npt.NDArray[Any], grid: tuple[int, ...], chunk: tuple[int, ...], stored: _Stored
-) -> Iterator[npt.NDArray[np.uint8]]:
+) -> Iterator[memoryview]:
     piece = np.empty(math.prod(chunk) * bits.itemsize + CRC_BYTES, np.uint8)
     content = piece[:-CRC_BYTES].view(bits.dtype).reshape(chunk)
     index = np.full((*grid, 2), LEFT_OUT, "<u8")
@@ -184,16 +184,16 @@ def _pieces(
             signed = _signed(piece)
         index[place] = start, signed.size
         start += signed.size
-        yield signed
-    yield _signed(np.append(index.reshape(-1).view(np.uint8), _UNSIGNED))
+        yield signed.data
+    yield _signed(np.append(index.reshape(-1).view(np.uint8), _UNSIGNED)).data
 
 
-def encode_chunk(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+def encode_chunk(values: npt.NDArray[Any]) -> memoryview:
     """Return the bytes of one whole chunk of an array without shards: little-endian numbers and their CRC-32C."""
     plain = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
     piece = np.empty(plain.nbytes + CRC_BYTES, np.uint8)
     piece[:-CRC_BYTES] = plain.reshape(-1).view(np.uint8)
-    return _signed(piece)
+    return _signed(piece).data
 
 
 def chunk_grid(shard: tuple[int, ...], chunk: tuple[int, ...]) -> tuple[int, ...]:

@@ -17,9 +17,8 @@ import zarr
 from xarray.core.indexing import LazilyIndexedArray
 
 from pnlac_fast.store.backend_array import ShardedArray
-from pnlac_fast.store.durable import sync_directory
 from pnlac_fast.store.files import LocalFiles
-from pnlac_fast.store.pieces import write_pieces
+from pnlac_fast.store.local import LocalPlace, sync_directory
 from pnlac_fast.store.sharding import parse_sharding
 from pnlac_fast.store.shards import Dtype, array_options, shard_pieces
 
@@ -63,9 +62,10 @@ def write_plain(path: Path, batches: Sequence[Rows], shape: Shape) -> None:
 def write_ours(path: Path, batches: Sequence[Rows], shape: Shape, dtype: Dtype = "float32") -> None:
     """Shards of this package."""
     _create_like_ours(path, batches, shape, dtype)
+    place = LocalPlace(path)
     for i, batch in enumerate(batches):
-        write_pieces(path / f"c.{i}.0", shard_pieces(batch, shape.batch, shape.chunk, dtype))
-    sync_directory(path)
+        place.write(f"c.{i}.0", shard_pieces(batch, shape.batch, shape.chunk, dtype))
+    place.sync()
 
 
 def open_ours(path: Path) -> Select:

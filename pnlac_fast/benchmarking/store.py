@@ -15,7 +15,7 @@ import numpy as np
 from pnlac_fast.benchmarking.formats import Format, Rows, Shape, installed, open_ours, write_ours, write_plain
 from pnlac_fast.benchmarking.timing import interleaved, ratio
 from pnlac_fast.errors import UserError
-from pnlac_fast.store.durable import sync_directory
+from pnlac_fast.store.local import sync_directory
 from pnlac_fast.store.shards import from_stored, shard_pieces, to_stored
 
 FULL = Shape()
@@ -40,7 +40,7 @@ def encode(batches: Sequence[Rows], shape: Shape) -> Callable[[], int]:
 
     def run() -> int:
         return sum(
-            piece.size for batch in batches for piece in shard_pieces(batch, shape.batch, shape.chunk, "bfloat16")
+            len(piece) for batch in batches for piece in shard_pieces(batch, shape.batch, shape.chunk, "bfloat16")
         )
 
     return lambda: pool.submit(run).result()

@@ -20,16 +20,18 @@ from pnlac_fast.options import Option
 
 HEAVY = ("torch", "transformers", "peft", "zarr", "xarray", "numpy", "sklearn", "matplotlib")
 VERBS = (
-    *("cache", "info", "locate", "patch", "finetune", "generate", "score", "utility", "report", "demo", "env"),
+    *("cache", "merge", "info", "locate", "patch", "finetune", "generate", "score", "utility", "report", "demo", "env"),
     "bench",
 )
 # What a command consumes itself, and the parameter of the library call that it becomes.
 LOADING = {
-    **dict.fromkeys(("revision", "dtype", "device", "trust_remote_code", "last_projection"), "model"),
+    **dict.fromkeys(("revision", "dtype", "device", "trust_remote_code", "last_projection", "tp"), "model"),
     **dict.fromkeys(("topics", "limit", "columns"), "data"),
 }
 RENAMED = {
     "cache": {"site": "sites"},
+    "merge": {"store": "path"},
+    "info": {"store": "path"},
     "bench": {"shape": "shapes", "only": "parts", "device": "device", "dtype": "dtype"},
     "patch": {"direction": "directions", "kind": "kinds", "set": "sets"},
     "finetune": {"set_names": "inhibit", "control": "inhibit", "control_store": "inhibit"},
@@ -76,7 +78,7 @@ def test_every_option_says_what_it_is_and_reaches_the_library_call(name: str) ->
             default = option.get_default(click.Context(commands), call=False)
             assert option.help or default is not None, f"{option.flag} says nothing of itself"
         parameter = RENAMED.get(name, {}).get(option.name or "", LOADING.get(option.name or "", option.name))
-        if option.name not in PRINTED.get(name, set()) and not (name == "info" and option.name == "store"):
+        if option.name not in PRINTED.get(name, set()):
             assert parameter in call, f"{name} {option.name} reaches nothing"
 
 

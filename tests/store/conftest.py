@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from pnlac_fast.store import Layout, Unit, Writer, open_writer
+from pnlac_fast.store import Layout, Raw, Unit, Writer, open_writer
 
 ROWS = (5, 0, 7)  # raw rows of the units of each topic
 
@@ -40,7 +40,7 @@ class Sample:
             "layers": 3,
             "widths": {"mlp_mid": 11, "resid": 4},
             "units": units,
-            "raw": raw,
+            "raw": Raw(raw, layers=() if raw == "none" else (0, 1, 2)),
             "settings": {"template": "{instruction}", "data": {"sha256": "0" * 8}, "limit": None},
         }
         self.layout = Layout(**fields | changes)
@@ -75,7 +75,10 @@ class Sample:
         first = self.topics.index(layout.units[unit].topic) * 2 * len(ROWS) + layout.units[unit].first
         table = {
             "example": (first + np.arange(rows) % 2).astype(np.int32),
+            "side": np.full(rows, -1, np.int32),
+            "completion": np.full(rows, -1, np.int32),
             "position": np.arange(rows, dtype=np.int32),
+            "counts": rng.integers(0, 3, (rows, 4), np.int32),
             "token_id": rng.integers(0, 500, rows).astype(np.int32),
         }
         names = [(model, site) for model in ("base", *layout.models) for site in layout.sites]
@@ -88,7 +91,7 @@ class Sample:
         return open_writer(path, self.layout, **{"provenance": {"run": 1}, "examples": self.examples} | changes)
 
     def commit(self, writer: Writer, unit: int) -> None:
-        if self.layout.raw == "none":
+        if self.layout.raw.tokens == "none":
             writer.commit(unit, *self.sums(unit))
         else:
             writer.commit(unit, *self.sums(unit), *self.raw(unit))
@@ -134,5 +137,7 @@ def finished_raw(made: dict[str, Path], tmp_path: Path) -> Path:
 def tree() -> Callable[[Path], dict[str, bytes]]:
     """Give the content of every file below a directory."""
     return lambda root: {
-        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
     }

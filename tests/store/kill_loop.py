@@ -11,11 +11,12 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
 
-from pnlac_fast.store import Layout, Unit, open_writer
+from pnlac_fast.store import Layout, Raw, Unit, open_writer
 
 UNITS = 16
 OPENED = 255
@@ -27,7 +28,7 @@ LAYOUT = Layout(
     layers=2,
     widths={"s": 300},
     units=tuple(Unit("ab"[index % 2], index, 1, 3) for index in range(UNITS)),
-    raw="last",
+    raw=Raw("last", layers=(0, 1)),
     settings={},
 )
 EXAMPLES = {"topic": ["a", "b"], "instruction": ["?", "!"], "key": ["0", "1"]}
@@ -36,7 +37,8 @@ EXAMPLES = {"topic": ["a", "b"], "instruction": ["?", "!"], "key": ["0", "1"]}
 def unit_of(unit):
     """Return the arguments of `commit` for a unit; they follow from its index."""
     rng = np.random.default_rng(unit)
-    rows = {name: np.full(3, unit % 2, np.int32) for name in ("example", "position", "token_id")}
+    rows = {name: np.full(3, unit % 2, np.int32) for name in ("example", "side", "completion", "position", "token_id")}
+    rows["counts"] = np.zeros((3, 4), np.int32)
     raw = {(model, "s"): rng.normal(size=(2, 3, 300)).astype(np.float32) for model in ("base", "m")}
     return np.array([3]), {"s": rng.random((1, 2, 2, 300))}, {"s": rng.random((1, 1, 3, 2, 300))}, rows, raw
 
@@ -61,6 +63,8 @@ def one_life(path, events, delay):
             os.close(read)
             write(path, lambda event: os.write(said, bytes([event])))
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     os.close(said)

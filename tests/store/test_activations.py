@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pnlac_fast.store import StoreError, open_activations, open_examples
+from pnlac_fast.store.journal import read_journal, unit_key
 from pnlac_fast.store.schema import even_split, slots_of
 
 
@@ -27,7 +28,7 @@ def test_rows_and_their_table(tmp_path, make_sample, chunks):
             assert ds["activation"].dims == ("layer", "token", "neuron")
             assert ds["activation"].dtype == np.float32
             np.testing.assert_array_equal(ds["activation"].values, want)
-            for column in ("example", "position", "token_id"):
+            for column in ("example", "side", "completion", "position", "token_id", "counts"):
                 assert ds[column].values.tolist() == [i for u in units for i in sample.raw(u)[0][column].tolist()]
             assert ds["topic"].values.tolist() == examples["topic"].values[ds["example"].values].tolist()
             assert "token" not in ds.coords
@@ -64,9 +65,10 @@ def test_leftovers_of_a_crash_do_not_show(tmp_path, make_sample, monkeypatch):
         def crash(*args):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(writer._journal, "commit", crash)
-        with pytest.raises(KeyboardInterrupt):
-            sample.commit(writer, 0)
+        with monkeypatch.context() as patched:
+            patched.setattr("pnlac_fast.store.writer.commit_unit", crash)
+            with pytest.raises(KeyboardInterrupt):
+                sample.commit(writer, 0)
     (shard,) = (path / "activations/base/resid/activation").glob("c.0.0.0")
     shard.write_bytes(b"")  # what a power cut makes of a file that was never synced
     assert open_activations(path, "base", "resid").sizes["token"] == 0
@@ -84,9 +86,9 @@ def test_every_unit_writes_files_of_its_own(tmp_path, make_sample, chunks):
             before = {file: file.stat().st_mtime_ns for file in path.rglob("c.*") if file.is_file()}
             sample.commit(writer, unit)
             assert before == {file: file.stat().st_mtime_ns for file in before}
-            listed = {str(path / name) for name in writer._journal.committed(sample.layout)[-1].files}
+            (record,) = [r for r in read_journal(writer.place, sample.layout) if r.unit == unit]
             now = {str(file) for file in path.rglob("*")}
-            assert now - seen == listed
+            assert now - seen == {str(path / name) for name in (*record.files, unit_key(unit, 0))}
             seen = now
 
 

@@ -110,7 +110,7 @@ def test_unfinished_store_says_how_far_it_is(tmp_path, sample):
     with sample.open(path) as writer:
         sample.commit(writer, 4)
         sample.commit(writer, 1)
-        with pytest.raises(StoreError, match=r"4 of 6 units are missing .*\(0, 2, 3, 5\).*run the same cache command"):
+        with pytest.raises(StoreError, match=r"4 of 6 units are missing .*\(0, 2-3, 5\).*run the same cache command"):
             writer.finish()
     with pytest.raises(StoreError, match=r"2 of 6 units are there; run the same cache command again"):
         open_contrast(path)
@@ -165,7 +165,7 @@ def test_layouts_that_cannot_be(make_sample):
         ({"topics": (), "units": ()}, "no topics"),
         ({"units": ()}, "no questions"),
         ({"models": ("base",)}, "base model's own name"),
-        ({"raw": "pooled"}, "none, last, full"),
+        ({"raw": "some"}, "none, last, pooled, selected, full"),
     ):
         with pytest.raises(StoreError, match=message):
             make_sample(**change)

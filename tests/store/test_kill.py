@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from pnlac_fast.store import StoreError, info, open_activations, open_contrast
+from pnlac_fast.store.journal import read_journal
+from pnlac_fast.store.places import place_of
 
 SCRIPT = Path(__file__).with_name("kill_loop.py")
 KILLS, UNITS = 20, 16
@@ -58,9 +60,7 @@ def test_kill_loop(tmp_path, tree):
 
 def committed_of(path, layout, acknowledged):
     """Return the committed units: those acknowledged, and at most one that was killed before it could say so."""
-    from pnlac_fast.store.journal import read_journal
-
-    committed = {record.unit for record in read_journal(path, layout)}
+    committed = {record.unit for record in read_journal(place_of(path), layout)}
     assert acknowledged <= committed
     assert len(committed - acknowledged) <= 1
     return committed

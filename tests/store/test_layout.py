@@ -5,7 +5,9 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pnlac_fast.store import Layout, Unit
+from pnlac_fast.store import NO_RAW, Layout, Raw, Unit
+from pnlac_fast.store.layout import RAW
+from pnlac_fast.store.shards import DTYPES
 
 name = st.text(st.characters(exclude_categories=("Cc", "Cs")), min_size=1, max_size=12)
 names = st.lists(name, min_size=1, max_size=3, unique=True)
@@ -16,18 +18,24 @@ value = st.recursive(
 )
 
 
+def raws(layers):
+    kept = st.sets(st.integers(0, layers - 1), min_size=1).map(sorted)
+    return st.builds(Raw, st.sampled_from(RAW[1:]), st.sampled_from(DTYPES), kept)
+
+
 @st.composite
 def layouts(draw):
     topics, sites = draw(names), draw(names)
-    raw = draw(st.sampled_from(("none", "last", "full")))
-    rows = st.just(0) if raw == "none" else st.integers(0, 600)
+    layers = draw(st.integers(1, 99))
+    raw = draw(st.just(NO_RAW) | raws(layers))
+    rows = st.just(0) if raw is NO_RAW else st.integers(0, 600)
     unit = st.builds(Unit, st.sampled_from(topics), st.integers(0, 99), st.integers(0, 99), rows)
     return Layout(
         topics=tuple(topics),
         models=tuple(draw(st.lists(name.filter(lambda text: text != "base"), max_size=3, unique=True))),
         sites=tuple(sites),
         tokens=tuple(draw(names)),
-        layers=draw(st.integers(1, 99)),
+        layers=layers,
         widths={site: draw(st.integers(1, 20000)) for site in sites},
         units=tuple(draw(st.lists(unit, min_size=1, max_size=5))),
         raw=raw,

@@ -72,7 +72,15 @@ def test_other_peoples_directories_are_left_alone(tmp_path, sample, tree):
     sample.open(tmp_path / "made" / "on" / "the way").close()
 
 
-@pytest.mark.parametrize(("path", "message"), [("", "empty"), ("s3://bucket/x", "is a URL"), ("a\0b", "zero byte")])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("", "empty"),
+        ("s3://me:secret@bucket/x", "holds credentials"),
+        ("nosuch://x/y", "cannot be opened"),
+        ("a\0b", "zero byte"),
+    ],
+)
 def test_paths_that_are_no_places(sample, path, message):
     for call in (sample.open, create_results, open_contrast, open_examples, info):
         with pytest.raises(StoreError, match=message):

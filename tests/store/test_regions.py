@@ -28,7 +28,8 @@ from pnlac_fast.store.backend_array import ShardedArray
 from pnlac_fast.store.decoding import verify_shard
 from pnlac_fast.store.errors import ShardError, StoreError
 from pnlac_fast.store.files import LocalFiles, Part, StoreFiles
-from pnlac_fast.store.pieces import write_pieces
+from pnlac_fast.store.local import LocalPlace
+from pnlac_fast.store.places import sum_of
 from pnlac_fast.store.regions import read_region
 from pnlac_fast.store.sharding import Sharding, parse_sharding
 from pnlac_fast.store.shards import DTYPES, array_options, encode_shard, from_stored, shard_pieces, to_stored
@@ -237,23 +238,22 @@ def test_missing_shards(array, tmp_path):
     assert np.isnan(found).all()
 
 
-def test_a_written_shard_is_noted_as_it_is_verified(tmp_path, single):
+def test_pieces_are_the_shard(tmp_path, single):
     values = to_stored(single.values, single.sharding.dtype)
     arguments = (values, single.sharding.shard, single.sharding.chunk, single.sharding.dtype)
-    written = write_pieces(single.path / "c.0.0", shard_pieces(*arguments))
-    assert (single.path / "c.0.0").read_bytes() == encode_shard(*arguments)
-    assert written == verify_shard(LocalFiles(single.path), single.sharding, "c.0.0", array="activation")
+    place = LocalPlace(single.path)
+    written = place.write("c.0.0", shard_pieces(*arguments))
+    content = (single.path / "c.0.0").read_bytes()
+    assert content == encode_shard(*arguments)
+    assert written == sum_of(content)
     np.testing.assert_array_equal(read(single, slice(None), slice(None)), single.values)
-
-    other = write_pieces(tmp_path / "other", shard_pieces(values[::-1], *arguments[1:]))
-    assert other.checksum != written.checksum
 
     def breaks_off() -> Iterator[np.ndarray]:
         yield next(shard_pieces(*arguments))
         raise OSError("no room")
 
     with pytest.raises(OSError, match="no room"):
-        write_pieces(single.path / "c.0.0", breaks_off())
+        place.write("c.0.0", breaks_off())
     np.testing.assert_array_equal(read(single, slice(None), slice(None)), single.values)
 
 
@@ -319,5 +319,5 @@ def test_a_disk_that_gives_less_at_once_is_asked_again(array, monkeypatch):
     np.testing.assert_array_equal(read(array, *EVERYTHING), array.values)
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:7]))
     values = to_stored(array.values[:2, :8, :10], array.sharding.dtype)
-    write_pieces(array.path / "other", shard_pieces(values, SHARD, CHUNK, array.sharding.dtype))
+    LocalPlace(array.path).write("other", shard_pieces(values, SHARD, CHUNK, array.sharding.dtype))
     assert (array.path / "other").read_bytes() == encode_shard(values, SHARD, CHUNK, array.sharding.dtype)

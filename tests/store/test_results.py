@@ -96,9 +96,9 @@ def test_crash_while_replacing_never_shows_half_a_result(tmp_path, steps, monkey
 
         return call
 
-    with monkeypatch.context() as patched:  # the five steps: withdraw, move away, move in, consolidate, clean
-        for name in ("withdraw", "consolidate", "shutil.rmtree"):
-            target = f"pnlac_fast.store.groups.{name}"
+    with monkeypatch.context() as patched:  # withdraw, move away, move in, clean, consolidate
+        for name in ("groups.withdraw", "groups.consolidate", "local.shutil.rmtree"):
+            target = f"pnlac_fast.store.{name}"
             patched.setattr(target, crashing(resolve_name(target)))
         patched.setattr(Path, "rename", crashing(Path.rename))
         with pytest.raises(KeyboardInterrupt):

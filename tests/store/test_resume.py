@@ -6,7 +6,7 @@ import os
 import pytest
 
 from pnlac_fast.store import StoreError, info, list_results, open_contrast, write_result
-from pnlac_fast.store.journal import decode_line, encode_line
+from pnlac_fast.store.journal import decode_line, encode_line, read_journal
 
 
 def test_resuming_after_any_units_gives_the_same_bytes(tmp_path, make_sample, finished_raw, tree):
@@ -23,11 +23,7 @@ def test_resuming_after_any_units_gives_the_same_bytes(tmp_path, make_sample, fi
                 sample.commit(writer, unit)
             writer.finish()
             writer.finish()
-        resumed = tree(path)
-        assert sorted(whole) == sorted(resumed)
-        assert {name for name in whole if whole[name] != resumed[name]} <= {
-            "journal.jsonl"
-        }  # its order is the commits'
+        assert tree(path) == whole
 
 
 def test_a_unit_is_committed_once(tmp_path, sample):
@@ -37,84 +33,58 @@ def test_a_unit_is_committed_once(tmp_path, sample):
             sample.commit(writer, 3)
 
 
-def test_torn_tail_is_cut_at_every_length(tmp_path, sample, tree):
-    path = tmp_path / "s.zarr"
-    with sample.open(path) as writer:
-        sample.commit(writer, 0)
-        kept = (path / "journal.jsonl").stat().st_size
-        sample.commit(writer, 1)
-    journal = (path / "journal.jsonl").read_bytes()
-    for length in (kept, kept + 1, kept + 40, len(journal) - 2, len(journal) - 1):
-        (path / "journal.jsonl").write_bytes(journal[:length])
-        assert info(path)["units_done"] == 1
-        with sample.open(path) as writer:
-            assert writer.pending == (1, 2, 3, 4, 5)
-            sample.commit(writer, 1)
-        assert (path / "journal.jsonl").read_bytes() == journal
-
-
-def test_tail_longer_than_the_next_line_is_cut_too(tmp_path, sample):
-    path = tmp_path / "s.zarr"
-    with sample.open(path) as writer:
-        sample.commit(writer, 0)
-    with (path / "journal.jsonl").open("ab") as journal:
-        journal.write(b'{"crc32c":"' + b"0" * 10_000)
-    with sample.open(path) as writer:
-        sample.commit(writer, 1)
-        sample.commit(writer, 2)
-    assert info(path)["units_done"] == 3
-    assert b"0" * 100 not in (path / "journal.jsonl").read_bytes()
-
-
-def test_last_line_of_the_right_length_but_unwritten_blocks_is_torn_too(tmp_path, sample):
-    path = tmp_path / "s.zarr"
-    with sample.open(path) as writer:
-        sample.commit(writer, 0)
-        kept = (path / "journal.jsonl").stat().st_size
-        sample.commit(writer, 1)
-    journal = bytearray((path / "journal.jsonl").read_bytes())
-    journal[kept : kept + 30] = bytes(30)
-    (path / "journal.jsonl").write_bytes(journal)
-    with sample.open(path) as writer:
-        assert writer.pending == (1, 2, 3, 4, 5)
-
-
-def test_damaged_line_in_the_middle_is_refused(tmp_path, sample):
+def test_a_damaged_line_is_refused_and_named(tmp_path, sample):
     path = tmp_path / "s.zarr"
     with sample.open(path) as writer:
         for unit in (0, 1, 2):
             sample.commit(writer, unit)
-    lines = (path / "journal.jsonl").read_bytes().splitlines(keepends=True)
-    lines[2] = lines[2].replace(b'"unit":1', b'"unit":4')
-    (path / "journal.jsonl").write_bytes(b"".join(lines))
-    for look in (lambda: sample.open(path), lambda: info(path)):
-        with pytest.raises(StoreError, match=r"Line 3 of .*journal.jsonl is damaged.*--overwrite"):
-            look()
+    line = (path / "journal/unit.1.0.json").read_bytes()
+    for damaged in (line.replace(b'"unit":1', b'"unit":4'), line[:-1], line[:40], b"", line + line):
+        (path / "journal/unit.1.0.json").write_bytes(damaged)
+        for look in (lambda: sample.open(path), lambda: info(path)):
+            with pytest.raises(StoreError, match=r"journal/unit.1.0.json is damaged.*--repair"):
+                look()
 
 
-@pytest.mark.parametrize("record", [{"unit": 0}, {"unit": 6, "files": {}}, {"unit": 1, "files": {}}, {"files": []}])
-def test_sound_lines_that_make_no_sense_are_refused(tmp_path, sample, record):
+@pytest.mark.parametrize(
+    ("name", "record"),
+    [
+        ("unit.0.0", {"unit": 0, "part": 0, "files": {}}),
+        ("unit.0.0", {"unit": 1, "part": 0, "files": {}, "layout": None}),
+        ("unit.6.0", {"unit": 6, "part": 0, "files": {}, "layout": None}),
+        ("unit.0.1", {"unit": 0, "part": 1, "files": {}, "layout": None}),
+        ("unit.0.0", {"unit": 0, "part": 0, "files": [], "layout": None}),
+        ("unit.0.0", {"unit": 0, "part": 0, "files": {"a": ["x"]}, "layout": None}),
+    ],
+)
+def test_sound_lines_that_make_no_sense_are_refused(tmp_path, sample, name, record):
     path = tmp_path / "s.zarr"
-    with sample.open(path) as writer:
-        sample.commit(writer, 1)
-    with (path / "journal.jsonl").open("ab") as journal:
-        journal.write(encode_line(record))
-    with pytest.raises(StoreError, match=r"journal.jsonl (names unit|has a line)"):
+    sample.open(path).close()
+    if "layout" in record:
+        record = record | {"layout": sample.layout.fingerprint()}
+    (path / "journal" / f"{name}.json").write_bytes(encode_line(record))
+    with pytest.raises(StoreError, match="belongs to another store"):
         info(path)
 
 
-def test_journal_of_another_store_is_refused(finished, finished_raw, sample):
-    (finished_raw / "journal.jsonl").replace(finished / "journal.jsonl")
+def test_lines_of_another_store_are_refused(finished, finished_raw, sample):
+    (finished_raw / "journal/unit.0.0.json").replace(finished / "journal/unit.0.0.json")
     with pytest.raises(StoreError, match="belongs to another store"):
         sample.open(finished)
 
 
 def test_journal_line_survives_no_changed_byte():
-    line = encode_line({"unit": 3, "files": {"a": [1, "00000000"]}})[:-1]
+    line = encode_line({"unit": 3, "files": {"a": [1, "00000000"]}})
     assert decode_line(line) == {"unit": 3, "files": {"a": [1, "00000000"]}}
     for index in range(len(line)):
         assert decode_line(line[:index] + bytes([line[index] ^ 1]) + line[index + 1 :]) is None
         assert decode_line(line[:index]) is None
+
+
+def test_a_store_of_before_the_first_release_is_refused(finished, sample):
+    (finished / "journal.jsonl").write_text("")
+    with pytest.raises(StoreError, match="before the first release"):
+        sample.open(finished, overwrite=True)
 
 
 def test_missing_or_short_file_of_a_committed_unit_names_the_unit(tmp_path, make_sample):
@@ -131,7 +101,7 @@ def test_missing_or_short_file_of_a_committed_unit_names_the_unit(tmp_path, make
         ):
             writer.finish()
     file.unlink()
-    with pytest.raises(StoreError, match=r"Unit 2 .* is missing; restore"):
+    with pytest.raises(StoreError, match=r"Unit 2 .* is missing; run the cache command again with --repair"):
         sample.open(path)
 
 
@@ -197,7 +167,7 @@ def test_overwrite_starts_anew(finished_raw, make_sample):
 def test_crash_while_creating(tmp_path, sample, finished, monkeypatch, tree):
     whole = tree(finished)
     path = tmp_path / "again.zarr"
-    for step in ("write_root", "write_dataset", "create_arrays", "consolidate"):
+    for step in ("encode_root", "write_dataset", "create_arrays", "listed", "encode_line", "consolidate"):
         with monkeypatch.context() as patched:
 
             def crash(*args, **kwargs):
@@ -219,10 +189,10 @@ def test_files_and_their_names_are_synced_before_the_journal(tmp_path, make_samp
     with sample.open(path) as writer:
         monkeypatch.setattr(os, "fsync", fsync)
         sample.commit(writer, 0)
-        (record,) = writer._journal.committed(sample.layout)
+        (record,) = read_journal(writer.place, sample.layout)
     files = [path / name for name in record.files]
-    last = len(synced) - 1
-    assert synced.index((path / "journal.jsonl").stat().st_ino) == last
+    last = len(synced) - 2
+    assert synced[-2:] == [(path / name).stat().st_ino for name in ("journal/unit.0.0.json", "journal")]
     for file in files:
         assert synced.index(file.stat().st_ino) < synced.index(file.parent.stat().st_ino) < last
 
@@ -235,14 +205,14 @@ def test_a_failed_unit_is_not_listed_with_the_next(tmp_path, sample, monkeypatch
             raise OSError(errno.ENOSPC, "No space left on device")
 
         with monkeypatch.context() as patched:
-            patched.setattr(writer._journal, "commit", full)
+            patched.setattr("pnlac_fast.store.writer.commit_unit", full)
             with pytest.raises(StoreError, match=r"Unit 0 could not be written .*No space left.*nothing is lost"):
                 sample.commit(writer, 0)
-            patched.setattr("pnlac_fast.store.durable.sync_directory", full)
+            patched.setattr("pnlac_fast.store.local.sync_directory", full)
             with pytest.raises(StoreError, match="Unit 1 could not be written"):
                 sample.commit(writer, 1)
         sample.commit(writer, 2)
-        (record,) = writer._journal.committed(sample.layout)
+        (record,) = read_journal(writer.place, sample.layout)
     assert record.unit == 2
     assert len(record.files) == 5
     assert all("/c.2." in name for name in record.files)

@@ -16,6 +16,7 @@ from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.passes import SHORTCUTS, usable
 from pnlac_fast.prompts import encode
+from pnlac_fast.raw import choose_kept
 from pnlac_fast.tensor_parallel import union
 
 torch.set_num_threads(1)
@@ -30,9 +31,10 @@ for kind in ("llama", "qwen2", "phi3"):  # which has gate and up in one weight
         tuned |= {name: load_tuned(base, path, name=name) for name, path in given["adapters"].items()}
     said[f"{kind}/usable"] = usable(base, SHORTCUTS, longest=40)
     texts = encode(base.tokenizer, questions, side="both")
+    keep = choose_kept(base, given["options"]["sites"], "full")
     for way, shortcuts in given["ways"].items():
         taken = [name for name in shortcuts if name != "fuse" or base.architecture.gated]
-        sums = accumulate(base, tuned, texts, shortcuts=taken, **given["options"])
+        sums = accumulate(base, tuned, texts, shortcuts=taken, keep=keep, **given["options"])
         at = f"{kind}/{way}"
         arrays[f"{at}/counts"] = sums.counts
         arrays |= {f"{at}/base/{site}": a for site, a in sums.base.items()}

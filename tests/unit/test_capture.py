@@ -24,6 +24,7 @@ from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.models import Model
 from pnlac_fast.passes import SHORTCUTS, usable
 from pnlac_fast.prompts import TOKENS, encode
+from pnlac_fast.raw import COLUMNS, choose_kept
 
 TEMPLATE = "Q : {instruction} A :"
 
@@ -141,13 +142,19 @@ def test_batches_and_padding_do_not_matter(model_paths, questions, side, batch_t
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize(
     ("sites", "side", "raw"),
-    [(("mlp_mid",), "both", "none"), (("mlp_out", "mlp_mid"), "none", "full"), (SITES, "left", "last")],
+    [
+        (("mlp_mid",), "both", "none"),
+        (("mlp_out", "mlp_mid"), "none", "full"),
+        (SITES, "left", "last"),
+        (("mlp_mid",), "both", "pooled"),
+    ],
 )
 def test_every_shortcut_changes_rounding_only(model_paths, questions, kind: str, sites, side: str, raw: str) -> None:
     base = load_model(model_paths[kind], dtype="float32", device="cpu")
     tuned = {"t": load_tuned(base, model_paths[f"{kind}_tuned"]), "again": base}
     texts = encode(base.tokenizer, questions[:7], TEMPLATE, side=side, count_template=True)
-    options: dict[str, Any] = {"sites": sites, "tokens": TOKENS, "batch_tokens": 70, "raw": raw}
+    options: dict[str, Any] = {"sites": sites, "tokens": TOKENS, "batch_tokens": 70}
+    options["keep"] = choose_kept(base, sites, raw)
     plain = accumulate(base, tuned, texts, shortcuts=(), **options)
     assert set(usable(base, SHORTCUTS, longest=40)) == set(SHORTCUTS) - {"fuse"}  # which saves nothing on a CPU
     for shortcuts in (list(SHORTCUTS), *([name] if name != "share" else ["pack", "share"] for name in SHORTCUTS)):
@@ -163,7 +170,7 @@ def test_every_shortcut_changes_rounding_only(model_paths, questions, kind: str,
                 assert set(np.argsort(-row)[:top]) == set(np.argsort(-truth)[:top])
         if raw == "none":
             continue
-        order, other = (np.lexsort(list(s.rows.values())) for s in (sums, plain))
+        order, other = (np.lexsort(list(s.rows["counts"].T) + [s.rows[c] for c in COLUMNS]) for s in (sums, plain))
         for column in sums.rows:
             assert sums.rows[column][order].tolist() == plain.rows[column][other].tolist()
         for key, truth in plain.raw.items():

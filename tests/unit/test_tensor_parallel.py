@@ -22,10 +22,11 @@ from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.models import Model
 from pnlac_fast.passes import SHORTCUTS
 from pnlac_fast.prompts import encode
+from pnlac_fast.raw import choose_kept
 from pnlac_fast.tensor_parallel import WHOLE, Part, union
 
 RANK = Path(__file__).with_name("tensor_parallel_rank.py")
-OPTIONS: dict[str, Any] = {"sites": SITES, "tokens": ("last", "completion"), "raw": "full", "batch_tokens": 70}
+OPTIONS: dict[str, Any] = {"sites": SITES, "tokens": ("last", "completion"), "batch_tokens": 70}
 WAYS = {"plain": [], "short": list(SHORTCUTS)}  # with "fuse", which pays off on GPUs only
 
 
@@ -94,7 +95,8 @@ def test_slices_side_by_side_are_the_sums_of_one_process(
         tuned |= {name: load_tuned(base, path, name=name) for name, path in adapter_paths.items()}
     texts = encode(base.tokenizer, questions[:7], side="both")
     taken = [name for name in WAYS[way] if name != "fuse" or base.architecture.gated]
-    whole = accumulate(base, tuned, texts, shortcuts=taken, **OPTIONS)
+    keep = choose_kept(base, SITES, "full")
+    whole = accumulate(base, tuned, texts, shortcuts=taken, keep=keep, **OPTIONS)
     at = f"{kind}/{way}"
 
     def check(name: str, truth: np.ndarray) -> None:

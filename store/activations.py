@@ -1,0 +1,103 @@
+"""Raw activations as xarray Datasets: lazy, decoded, each row with what it is."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from xarray.core.indexing import LazilyIndexedArray
+
+from pnlac_fast.store.backend_array import ShardedArray
+from pnlac_fast.store.checks import check_group
+from pnlac_fast.store.datasets import read_dataset
+from pnlac_fast.store.errors import StoreError
+from pnlac_fast.store.journal import done_units, read_journal
+from pnlac_fast.store.layout import BASE, SELECTORS, Layout
+from pnlac_fast.store.names import unknown_name
+from pnlac_fast.store.places import Location, Place, place_of
+from pnlac_fast.store.schema import (
+    EXAMPLES,
+    METADATA,
+    TOKENS,
+    activations_path,
+    capture_layout,
+    raw_grid,
+    slots_of,
+)
+from pnlac_fast.store.sharding import parse_sharding
+
+
+def open_activations(path: Location, model: str, site: str) -> xr.Dataset:
+    """Open raw activations, lazily.
+
+    Parameters
+    ----------
+    path : str, PathLike or zarr Store
+        The store.
+    model : str
+        A tuned model, or "base".
+    site : str
+        A site of the store.
+
+    Returns
+    -------
+    xarray.Dataset
+        `activation` (layer, token, neuron), or (token, selected) where chosen neurons were kept, with the coordinates
+        `layer` and `neuron` on ``selected``; float16 where that is stored, float32 otherwise. Coordinates on ``token``:
+        `example` (a row of `open_examples`), `topic`, `side` and `completion` (-1 for a row of the prompt), `position`
+        and `token_id` (-1 for a mean over tokens), and `counts` (token, selector), how often each token selector
+        counts the row. Rows of committed units only, in the order of the units. `ds.chunk({})` makes dask chunks of
+        whole shards.
+
+    Raises
+    ------
+    StoreError
+        If the store keeps no raw activations, or has no such model or site; when values are read, if a shard is
+        missing or damaged.
+    """
+    place = place_of(path)
+    layout = capture_layout(place)
+    if layout.raw.tokens == "none":
+        raise StoreError(f"{place.name} keeps no raw activations; make a store with cache --raw last or --raw full.")
+    for kind, name, known in (("model", model, (BASE, *layout.models)), ("site", site, layout.sites)):
+        if name not in known:
+            raise unknown_name(kind, name, known)
+    units = sorted(done_units(read_journal(place, layout), layout))
+    group = activations_path(model, site)
+    check_group(place, TOKENS)
+    check_group(place, group)
+    slot = slots_of(layout).rows
+    rows = [layout.units[unit].rows for unit in units]
+    index = np.concatenate(
+        [np.zeros(0, np.int64), *(unit * slot + np.arange(n) for unit, n in zip(units, rows, strict=True))]
+    )
+    tokens = read_dataset(place.store, TOKENS).isel(token=index).load()
+    topics = read_dataset(place.store, EXAMPLES)["topic"].values
+    if tokens["example"].size and not 0 <= tokens["example"].min() <= tokens["example"].max() < len(topics):
+        raise StoreError(f"{place.name}/{TOKENS} names examples that do not exist; run pnlac-fast info --verify.")
+    tokens["topic"] = ("token", topics[tokens["example"].values])
+    others = read_dataset(place.store, group).drop_vars("activation").load()
+    coords: dict[Any, Any] = dict(tokens.data_vars) | dict(others.variables) | {"selector": list(SELECTORS)}
+    activation = _lazy(place, layout, f"{group}/activation", site).isel(token=index)
+    activation.encoding["preferred_chunks"] |= {"token": tuple(n for n in rows if n)}
+    return (
+        xr.Dataset({"activation": activation}, attrs=others.attrs)
+        .assign_coords(coords)
+        .assign_attrs(model=model, site=site)
+    )
+
+
+def _lazy(place: Place, layout: Layout, path: str, site: str) -> xr.Variable:
+    """Return the whole array, slots of units that are not there included."""
+    content, grid = place.read(f"{path}/{METADATA}"), raw_grid(layout, site)
+    try:
+        sharding = parse_sharding(json.loads(content or b"null"), path)
+    except (ValueError, TypeError) as error:
+        raise StoreError(f"{place.name}/{path} is damaged; run pnlac-fast info --verify.") from error
+    if (sharding.shape, sharding.shard, sharding.chunk, sharding.dtype) != (*grid, layout.raw.dtype):
+        raise StoreError(f"{place.name}/{path} is not as the store's layout says; run pnlac-fast info --verify.")
+    dims = ("token", "selected") if layout.raw.neurons else ("layer", "token", "neuron")
+    lazy = LazilyIndexedArray(ShardedArray(place.files(path), sharding, path))
+    return xr.Variable(dims, lazy, encoding={"preferred_chunks": dict(zip(dims, grid.file, strict=True))})
