@@ -63,11 +63,10 @@ def post(url: str, body: dict[str, Any], key: str | None, timeout: float) -> tup
         text = message.get("content") or message.get("refusal") or ""
         return {"reply": str(text), "served_by": str(found.get("model", ""))}, None
     except urllib.error.HTTPError as error:
-        with error:
-            said = " ".join(error.read(4000).decode(errors="replace").split())
-        said = (said.replace(key, "[key]") if key else said)[:SHOWN]
         if error.code in TRY_AGAIN or error.code >= 500:
+            error.close()
             raise Busy(f"HTTP {error.code}", _seconds(error.headers)) from error
+        said = _said(error, key)
         if error.code == 400:
             if "content_filter" in said:
                 return {"reply": "", "served_by": ""}, None
@@ -78,6 +77,16 @@ def post(url: str, body: dict[str, Any], key: str | None, timeout: float) -> tup
         raise Busy(str(getattr(error, "reason", None) or error) or type(error).__name__) from error
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise Busy("its reply is not a chat completion") from error
+
+
+def _said(error: urllib.error.HTTPError, key: str | None) -> str:
+    """The beginning of what the server has to say of an error, without the key, which some servers repeat."""
+    try:
+        with error:
+            text = " ".join(error.read(4000).decode(errors="replace").split())
+    except (OSError, http.client.HTTPException) as broken:
+        raise Busy(f"HTTP {error.code}, and no more") from broken
+    return (text.replace(key, "[key]") if key else text)[:SHOWN]
 
 
 def _seconds(headers: Message) -> float | None:

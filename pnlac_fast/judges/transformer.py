@@ -144,6 +144,9 @@ def _load(source: str, device: str) -> tuple[Any, Any]:
     except (OSError, ValueError, KeyError) as error:
         said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"Cannot load the judge '{source}': {said}") from error
+    if model.config.pad_token_id is None:  # decoders find their last token by it
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        model.config.pad_token_id = 0 if pad is None else pad
     if not any("Classification" in name for name in model.config.architectures or ()):
         raise UserError(f"'{source}' was not trained to classify: give a model of sequence classification as judge.")
     return model.to(resolve_device(device)).eval(), tokenizer
@@ -174,12 +177,13 @@ def _denied(name: str) -> bool:
 
 def _logits(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str | None]]) -> np.ndarray:
     """float64 [pair, label]; texts beyond the model's context lose their end."""
-    context = min(int(getattr(model.config, "max_position_embeddings", 1 << 30)), int(tokenizer.model_max_length))
+    places = getattr(model.config, "max_position_embeddings", None) or 1 << 30
     if model.config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        context = min(context, int(model.config.max_position_embeddings) - 2)  # two positions are the padding's
+        places -= 2  # the first two are the padding's
+    context = min(places, tokenizer.model_max_length)
     encoded = [tokenizer(*pair, truncation="only_first", max_length=context) for pair in pairs]
     logits = np.zeros((len(pairs), model.config.num_labels))
-    pad = tokenizer.pad_token_id or 0
+    pad = model.config.pad_token_id
     batches = prompts.batches([e["input_ids"] for e in encoded], BATCH_TOKENS, pad=pad, device=model.device)
     with torch.inference_mode():
         for batch in batches:

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from pnlac_fast.datasets import Question
 from pnlac_fast.errors import UserError
@@ -163,6 +169,39 @@ def test_names_of_labels_speak_for_themselves(bert: Path, tmp_path: Path) -> Non
     TextClassifier.load(str(bert), labels=NAMES, device="cpu").tokenizer.save_pretrained(tmp_path)
     judge = TextClassifier.load(str(tmp_path), device="cpu")
     assert judge.roles == {0: "left", 1: "neither", 2: "right"}
+
+
+def test_a_decoder_as_judge_reads_its_last_token(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_labels=2,
+        id2label={0: "left", 1: "right"},
+        label2id={"left": 0, "right": 1},
+        initializer_range=1.0,
+        pad_token_id=None,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["</s>", "<unk>", *WORDS])}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>").save_pretrained(tmp_path)
+    judge = TextClassifier.load(str(tmp_path), device="cpu")
+    alone = [int(judge.label([answer])[0]) for answer in ANSWERS[:4]]
+    assert set(alone) == {1, -1}
+    assert judge.label(ANSWERS[:4]).tolist() == alone
+
+
+def test_what_is_not_entailed_is_no_entailment(bert: Path, tmp_path: Path) -> None:
+    model = BertForSequenceClassification.from_pretrained(bert)
+    model.config.id2label = {0: "not_entailment", 1: "ENTAILMENT", 2: "contradiction"}
+    model.config.label2id = {name: i for i, name in model.config.id2label.items()}
+    model.save_pretrained(tmp_path)
+    Inference.load(str(bert), labels={"LABEL_1": "entailment"}, device="cpu").tokenizer.save_pretrained(tmp_path)
+    assert Inference.load(str(tmp_path), device="cpu").entailment == 1
 
 
 def test_inference_takes_the_hypothesis_that_follows_best(bert: Path) -> None:
