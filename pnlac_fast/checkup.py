@@ -15,7 +15,7 @@ from pnlac_fast import prompts
 from pnlac_fast.architecture import SITES
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
-from pnlac_fast.passes import SHORTCUTS, run, unusable
+from pnlac_fast.passes import SHORTCUTS, run, tolerance, unusable
 
 TEXTS = (9, 5, 7)  # tokens of the texts that are tried
 
@@ -86,7 +86,7 @@ def self_check(model: Model) -> dict[str, Any]:
     }
     if (error := _projection(model, alone[0])) is not None:
         errors["projection"] = error
-    allowed = 1e-3 if model.hf.dtype in (torch.float32, torch.float64) else 0.05
+    allowed = tolerance(model)
     found, barred = model.architecture, unusable(model, SHORTCUTS, longest=max(TEXTS))
     return {
         "layers": len(model.blocks),

@@ -54,7 +54,7 @@ def _with_model(given: dict[str, Any]) -> dict[str, Any]:
     """Replace the options about the model among ``given`` by the loaded model."""
     from pnlac_fast.loading import load_model
 
-    loading = ("revision", "dtype", "device", "trust_remote_code", "last_projection", "tp")
+    loading = ("revision", "dtype", "device", "device_map", "trust_remote_code", "last_projection", "tp")
     options = {name: given.pop(name) for name in loading if name in given}
     if given["model"] is not None:
         given["model"] = load_model(given["model"], **options)

@@ -27,6 +27,7 @@ def load_model(
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    device_map: str | Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     tp: bool = False,
     last_projection: str | None = None,
@@ -45,6 +46,9 @@ def load_model(
         "auto" (as stored), "float32", "bfloat16", "float16" or "float64".
     device
         "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1", ...
+    device_map
+        Spread the blocks over devices, as accelerate does: "auto", "balanced", or a device by module. Sums are kept
+        where the embeddings are.
     trust_remote_code
         Whether code from the model repository may run. Off by default.
     tp
@@ -67,19 +71,28 @@ def load_model(
         raise unknown("dtype", dtype, ("auto", "float32", "bfloat16", "float16", "float64"))
     if (Path(source) / "adapter_config.json").is_file():
         raise UserError(f"'{source}' is an adapter: give its base model as --model and the adapter as --tuned.")
-    if tp and device != "auto":
-        raise UserError("A tensor-parallel model is placed by transformers: leave --device out.")
+    if tp and (device != "auto" or device_map is not None):
+        raise UserError("A tensor-parallel model is placed by transformers: leave --device out, and --device-map.")
+    if device_map is not None and device != "auto":
+        raise UserError("Give --device or --device-map, not both.")
     part, place = joined() if tp else WHOLE, resolve_device(device)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         with quiet():
-            parts = {"distributed_config": sharding(AutoConfig.from_pretrained(source, **options), part)} if tp else {}
+            config = AutoConfig.from_pretrained(source, **options)
+            where: dict[str, Any] = {}
+            if tp:
+                where["distributed_config"] = sharding(config, part)
+            elif device_map is not None:
+                where["device_map"] = device_map
+            elif getattr(config, "quantization_config", None) is not None:
+                where["device_map"] = {"": place}  # what is quantised cannot be moved afterwards
             hf: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, **options, **parts
+                source, dtype=dtype, use_safetensors=True, **options, **where
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"Cannot load the model '{source}': {first_line(error)}") from error
-    if not tp:
+    if not where:
         hf.to(place)
     hf.eval()
     weights = Weights(hf, part=part, last_projection=last_projection)
@@ -148,12 +161,13 @@ def load_tuned(base: Model, source: str | Path, *, name: str | None = None) -> M
     source, name = str(source), name or _short_name(str(source))
     if not (Path(source) / "adapter_config.json").is_file():
         dtype = str(base.hf.dtype).removeprefix("torch.")
-        tp = base.part.ranks > 1
+        tp, spread = base.part.ranks > 1, getattr(base.hf, "hf_device_map", None)
         tuned = load_model(
             source,
             name=name,
             dtype=dtype,
-            device="auto" if tp else str(base.device),
+            device="auto" if tp or spread else str(base.device),
+            device_map=spread,
             last_projection=base.weights.last_projection,
             tp=tp,
         )

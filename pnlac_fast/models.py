@@ -48,8 +48,9 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Device of the embeddings, where token ids go."""
-        return self.hf.get_input_embeddings().weight.device
+        """Device of the embeddings, where token ids go; of any weight where the embeddings are kept elsewhere."""
+        weights = (self.hf.get_input_embeddings().weight, *self.hf.parameters())
+        return next((w.device for w in weights if not w.is_meta), torch.device("cpu"))
 
     @property
     def part(self) -> Part:

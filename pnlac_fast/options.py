@@ -214,6 +214,7 @@ def model_choice(**model: Any) -> Decorator:
             "--dtype", default="auto", show_default=True, help="auto, float32, bfloat16, float16 or float64.", **how
         ),
         option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.", **how),
+        option("--device-map", help="Spread the model over devices: auto, balanced or sequential.", **how),
         option("--trust-remote-code", is_flag=True, help="Let code from the model repository run.", **how),
         option(
             "--last-projection",

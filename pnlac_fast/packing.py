@@ -83,6 +83,20 @@ class Pack:
     ids: Tensor
     positions: Tensor
     segments: tuple[Segments, ...]
+    _elsewhere: dict[torch.device, tuple[Segments, ...]] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> tuple[Segments, ...]:
+        """The segments on a device, for blocks that are not where the first one is."""
+        if device == self.ids.device:
+            return self.segments
+        if device not in self._elsewhere:
+            self._elsewhere[device] = tuple(
+                Segments(
+                    s.queries.to(device), s.keys.to(device), s.lengths.to(device), s.real.to(device), s.rows.to(device)
+                )
+                for s in self.segments
+            )
+        return self._elsewhere[device]
 
     def inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of a Hugging Face forward pass inside :func:`attending`."""
@@ -198,7 +212,7 @@ def _attend(
     attend = sys.modules[type(module).__module__].eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS["sdpa"]
     q, k, v = (stream[0].transpose(0, 1) for stream in (query, key, value))  # [row, head, width]
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-    for part in pack.segments:
+    for part in pack.on(q.device):
         mask = part.mask(q.dtype if eager else torch.bool, options.get("sliding_window"))
         streams = (x[index].transpose(1, 2) for x, index in ((q, part.queries), (k, part.keys), (v, part.keys)))
         attended, _ = attend(module, *streams, mask, **options)  # [sequence, query, head, width]

@@ -67,7 +67,7 @@ def run(
     def tap(site: str) -> Callable[[int, Tensor], None]:
         def read(layer: int, activation: Tensor) -> None:
             visits[site, layer] += 1
-            visit(site, layer, activation.flatten(0, 1), trim and layer == last)
+            visit(site, layer, activation.flatten(0, 1).to(model.device), trim and layer == last)
             if stop and layer == last and site == final:
                 raise _Stop
 
@@ -158,6 +158,12 @@ def agrees(model: Model, shortcut: str) -> bool:
         place = {row: i for i, row in enumerate(take.tolist())}
         rows = {i: [place[row] for row in rows] for i, rows in zip(way.index, way.rows, strict=True)}
         found.append([torch.cat([states[site][rows[i]] for i in range(len(texts))]).double() for site in sites])
-    tolerance = 1e-3 if model.hf.dtype in (torch.float32, torch.float64) else 0.05
+    allowed = tolerance(model)
     # NaN is for the run itself to report
-    return not any(bool((a - b).abs().max() > tolerance * a.abs().max()) for a, b in zip(*found, strict=True))
+    return not any(bool((a - b).abs().max() > allowed * a.abs().max()) for a, b in zip(*found, strict=True))
+
+
+def tolerance(model: Model) -> float:
+    """How far activations may differ by rounding, over the largest of them, in a model's precision."""
+    precise = model.hf.dtype in (torch.float32, torch.float64) and not getattr(model.hf, "is_quantized", False)
+    return 1e-3 if precise else 0.05

@@ -25,7 +25,9 @@ VERBS = (
 )
 # What a command consumes itself, and the parameter of the library call that it becomes.
 LOADING = {
-    **dict.fromkeys(("revision", "dtype", "device", "trust_remote_code", "last_projection", "tp"), "model"),
+    **dict.fromkeys(
+        ("revision", "dtype", "device", "device_map", "trust_remote_code", "last_projection", "tp"), "model"
+    ),
     **dict.fromkeys(("topics", "limit", "columns"), "data"),
 }
 RENAMED = {
