@@ -23,6 +23,7 @@ from pnlac_fast.store.sharding import parse_sharding
 from pnlac_fast.store.shards import Dtype, array_options, shard_pieces
 
 Rows = npt.NDArray[Any]
+_AT_ONCE = 1 << 20  # of a plain write: much larger ones may wait for memory in one piece
 Select = Callable[[Any], Rows]  # of (token, neuron), each a number or a slice
 
 
@@ -55,7 +56,7 @@ def write_plain(path: Path, batches: Sequence[Rows], shape: Shape) -> None:
         for batch in batches:
             left = batch.data.cast("B")
             while left:
-                left = left[file.write(left) :]
+                left = left[file.write(left[:_AT_ONCE]) :]
         os.fdatasync(file.fileno())
 
 
