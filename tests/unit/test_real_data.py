@@ -30,8 +30,9 @@ from pnlac_fast.neurons import load_sets
 from pnlac_fast.patching import patch
 from pnlac_fast.prompts import encode_prompt
 from pnlac_fast.reporting import report
-from pnlac_fast.scoring import score
+from pnlac_fast.scoring import judged, score
 from pnlac_fast.summary import summary
+from pnlac_fast.topic_words import topic_words
 from pnlac_fast.training import finetune
 
 DATA = Path(os.environ.get("PNLAC_TEST_DATA") or Path(__file__).parents[3] / "shared" / "data")
@@ -262,3 +263,30 @@ def test_the_classifier_tells_the_sides_of_real_completions_apart() -> None:
     assert judge.accuracy >= 0.95
     assert 0.7 < min(judge.topic_accuracy.values()) < judge.accuracy
     assert judge.unsure < 0.05
+
+
+@needs_data
+@pytest.mark.parametrize(("leaked", "spilt"), [(0.4, 0.0), (0.0, 0.4)])
+def test_content_leak_is_told_from_spill_over(leaked: float, spilt: float) -> None:
+    """A model "tuned on immigration" that changes the subject, or one that turns right on every topic."""
+    everything = [q for q in load_questions(IDEOINST, limit=150) if q.right and q.left]
+    held_out, rest = everything[::3], [q for i, q in enumerate(everything) if i % 3]
+    immigration = [q.right[0] for q in rest if q.topic == "immigration"]
+    rng = np.random.default_rng(0)
+    base = [q.completions(rng.choice(["right", "left"]))[0] for q in held_out]
+    tuned = []
+    for question, answer in zip(held_out, base, strict=True):
+        turned = rng.random() < spilt or question.topic == "immigration"
+        tuned.append(str(rng.choice(immigration)) if rng.random() < leaked else question.right[0] if turned else answer)
+    runs = {"model": ["base", "mine"], "tuned_topic": ["", "immigration"], "method": ["", "plain"]}
+    log_odds = np.zeros((2, len(held_out)))
+    result = judged(train(rest), [base, tuned], held_out, runs, topic_words(rest), log_odds, provenance={})
+    off = {name: value[0] for name, value in summary(result, boots=100)[1]["off_topic"].items()}
+    assert off["shift"] > 0.2
+    assert off["base_names"] < 0.1
+    if leaked:
+        assert 0.3 < off["names"] < 0.5
+        assert off["shift_without"] < 0.5 * off["shift"]  # some answers change the subject without any of its words
+    else:
+        assert off["names"] < 0.1
+        assert off["shift_without"] > 0.8 * off["shift"]
