@@ -78,7 +78,7 @@ def attach(weights: Weights, source: str, name: str) -> tuple[Weights, str]:
     brought = {_base_name(key) for key in stored} & {_base_name(n) for n, _ in weights.hf.named_parameters()}
     extras = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
     alone = config.peft_type != PeftType.LORA or brought or any(getattr(config, extra, None) for extra in extras)
-    carrier = _sharing(weights, brought) if alone else weights
+    carrier = sharing(weights, brought) if alone else weights
     called = f"tuned_{len(weights.attached)}"  # PEFT finds adapters by name among modules' names
     try:
         with quiet():
@@ -106,7 +106,7 @@ def attach(weights: Weights, source: str, name: str) -> tuple[Weights, str]:
     return carrier, called
 
 
-def _sharing(weights: Weights, brought: Collection[str]) -> Weights:
+def sharing(weights: Weights, brought: Collection[str]) -> Weights:
     """A model without adapters on the same parameters, but for copies of those in ``brought``."""
     memo: dict[int, Any] = {}
     for name, parameter in weights.hf.named_parameters():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pnlac_fast.adapters import Weights, attach, quiet
+from pnlac_fast.adapters import Weights, attach, quiet, sharing
 from pnlac_fast.checkup import dry_run
 from pnlac_fast.errors import UserError, first_line, unknown
 from pnlac_fast.models import Model
@@ -152,6 +153,10 @@ def from_hf(hf: Any, tokenizer: Any, *, name: str = "", last_projection: str | N
 def load_tuned(base: Model, source: str | Path, *, name: str | None = None) -> Model:
     """Load a tuned model: a PEFT adapter onto ``base``'s own weights, unmerged, or a full checkpoint beside it.
 
+    Files of neuron slices make a model that shares all other weights with ``base``: "a/neuron_slices.safetensors", or
+    several as "a.safetensors+b.safetensors", and "sum:a.safetensors+b.safetensors" to add up the changes of neurons
+    that they have in common (:func:`pnlac_fast.slice_file.stack_slices`).
+
     Raises
     ------
     UserError
@@ -159,6 +164,8 @@ def load_tuned(base: Model, source: str | Path, *, name: str | None = None) -> M
         or vocabulary differ from the base's.
     """
     source, name = str(source), name or _short_name(str(source))
+    if files := slice_files(source):
+        return _with_slices(base, source, files, name)
     if not (Path(source) / "adapter_config.json").is_file():
         dtype = str(base.hf.dtype).removeprefix("torch.")
         tp, spread = base.part.ranks > 1, getattr(base.hf, "hf_device_map", None)
@@ -186,6 +193,36 @@ def load_tuned(base: Model, source: str | Path, *, name: str | None = None) -> M
     weights, adapter = attach(base.weights, source, name)
     origin = {"source": source, "sha256": weights_sha256(source), "type": "adapter", **_finetune_record(source)}
     return Model(weights, base.tokenizer, name, origin, adapter=adapter)
+
+
+def slice_files(source: str) -> list[str]:
+    """The files of neuron slices that ``source`` names, none where it is something else."""
+    files = [source] if Path(source).exists() else source.removeprefix("sum:").split("+")
+    return files if all(file.endswith(".safetensors") and not Path(file).is_dir() for file in files) else []
+
+
+def _with_slices(base: Model, source: str, files: list[str], name: str) -> Model:
+    from pnlac_fast.slice_file import load_slices, stack_slices
+
+    if base.part.ranks > 1:
+        raise UserError(
+            f"Neuron slices go into a whole model, not into one in several processes: leave --tp out ({name})."
+        )
+    brought = set()
+    for file in files:
+        for key in load_slices(file).tensors:
+            _, layer, part, kind = key.split(".")
+            paths = [p.path for p in base.architecture.projections if p.name == part]
+            brought |= {f"{base.architecture.blocks}.{layer}.{path}.{kind}" for path in paths}
+    model = Model(sharing(base.weights, brought), base.tokenizer, name, {})
+    overlap = "sum" if source.startswith("sum:") and len(files) > 1 else "refuse"
+    stack_slices(model, files, overlap=overlap)
+    records = [_finetune_record(str(Path(file).parent)) for file in files]
+    topics = dict.fromkeys(str(record["tuned_topic"]) for record in records if "tuned_topic" in record)
+    digest = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    origin = {"source": source, "sha256": digest, "type": "neuron slices", "dtype": _dtype(base.hf)}
+    common = records[0] if len(records) == 1 else {}
+    return replace(model, origin=origin | common | {"tuned_topic": "+".join(topics)})
 
 
 def open_models(model: Model | str | Path, tuned: Mapping[str, Model | str | Path]) -> tuple[Model, dict[str, Model]]:
@@ -262,4 +299,7 @@ def _dtype(hf: Any) -> str:
 
 
 def _short_name(source: str) -> str:
-    return Path(source).resolve().name if Path(source).exists() else source.rsplit("/", 1)[-1]
+    path = Path(source).resolve()
+    if path.is_file():
+        return path.parent.name  # of the fine-tune that wrote it
+    return path.name if path.exists() else source.rsplit("/", 1)[-1]

@@ -134,12 +134,13 @@ def together(*options: Decorator) -> Decorator:
 
 
 def named(_: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, str]:
-    """NAME=PATH, or a path whose last part is the name."""
+    """NAME=PATH, or a path whose last part is the name; of a file, its folder's."""
     pairs: dict[str, str] = {}
     for value in values:
         name, equals, path = value.partition("=")
         if not equals or Path(value).exists():
-            name, path = Path(value).resolve().name, value
+            place = Path(value).resolve()
+            name, path = place.parent.name if place.suffix == ".safetensors" else place.name, value
         if name in pairs:
             raise click.BadParameter(f"two values are called '{name}': write NAME=PATH", param=param)
         pairs[name] = path
@@ -244,7 +245,10 @@ def data_choice(**data: Any) -> Decorator:
 model_options = model_choice(required=True, help="Base model: hub id or directory.")
 _tuned: dict[str, Any] = {"multiple": True, "callback": named, "metavar": "[NAME=]PATH"}
 tuned_option = option(
-    "--tuned", required=True, help="Tuned model, an adapter or a full checkpoint. May be repeated.", **_tuned
+    "--tuned",
+    required=True,
+    help="Tuned model: adapter, full checkpoint, or slices, A.safetensors+B.safetensors. May be repeated.",
+    **_tuned,
 )
 tuned_too_option = option("--tuned", help="Tuned model that answers too. May be repeated.", **_tuned)
 patches_option = option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pnlac_fast.adapters import Weights
-from pnlac_fast.errors import UserError
+from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet, from_record, to_record
 from pnlac_fast.slices import Slices, fingerprint
 
 FORMAT, VERSION = "pnlac-neuron-slices", 1
+OVERLAP = ("refuse", "sum")
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +93,7 @@ def load_slices(path: str | Path) -> SliceFile:
 def merge_slices(model: Model | nn.Module, path: str | Path) -> NeuronSet:
     """Write the slices of a file into a copy of their base model, in place.
 
-    Files with disjoint neurons can be merged one after another.
+    Files with disjoint neurons can be merged one after another; :func:`stack_slices` also adds up others.
 
     Parameters
     ----------
@@ -110,10 +111,66 @@ def merge_slices(model: Model | nn.Module, path: str | Path) -> NeuronSet:
         The model is of another shape, or its weights of these neurons are not those that training began with; then
         nothing has changed.
     """
+    return stack_slices(model, [path])[0]
+
+
+def stack_slices(
+    model: Model | nn.Module, paths: Sequence[str | Path], *, overlap: str = "refuse"
+) -> tuple[NeuronSet, ...]:
+    """Write the slices of several files, trained apart, into a copy of their common base, in place.
+
+    Parameters
+    ----------
+    model
+        As for :func:`merge_slices`; none of the files may have been merged into it yet.
+    overlap
+        What happens to neurons that several files have: "refuse" them, or "sum" the changes that each file makes to
+        the base's weights. What the sum does to the model is not what either file does: measure it.
+
+    Returns
+    -------
+    tuple of NeuronSet
+        Whose weights have changed, by file.
+
+    Raises
+    ------
+    UserError
+        As for :func:`merge_slices`; or files have neurons in common. Nothing has changed then.
+    """
+    if overlap not in OVERLAP:
+        raise unknown("kind of overlap", overlap, OVERLAP)
+    if not paths:
+        raise UserError("There are no files of neuron slices to merge: give at least one.")
     decoder = model if isinstance(model, Model) else Model(Weights(model), None, "given", {})
-    found = load_slices(path)
+    files = [load_slices(path) for path in paths]
+    placed = [_places(decoder, found, path) for found, path in zip(files, paths, strict=True)]
+    for i, (one, first) in enumerate(zip(files, paths, strict=True)):
+        for other, second in zip(files[i + 1 :], paths[i + 1 :], strict=True):
+            same_site = one.neurons.site == other.neurons.site
+            if overlap == "refuse" and (not same_site or (one.neurons.member & other.neurons.member).any()):
+                count = f"{int((one.neurons.member & other.neurons.member).sum())} neurons" if same_site else "weights"
+                raise UserError(
+                    f"'{first}' and '{second}' both change {count}: give one of them, or add their changes up (sum:, "
+                    f"or overlap='sum')."
+                )
+    before = [{name: t.index_select(dim, i) for name, (t, dim, i) in places.items()} for places in placed]
+    for number, (found, places) in enumerate(zip(files, placed, strict=True)):
+        for name, (tensor, dim, index) in places.items():
+            value = found.tensors[name].to(tensor)
+            if number:  # what earlier files have changed keeps their change
+                now = tensor.index_select(dim, index)
+                value = torch.where(now == before[number][name], value, now + (value - before[number][name]))
+            tensor.index_copy_(dim, index, value)
+    return tuple(found.neurons for found in files)
+
+
+_Places = dict[str, tuple[Tensor, int, Tensor]]  # a tensor of the model, and where the entries of a slice are in it
+
+
+def _places(decoder: Model, found: SliceFile, path: str | Path) -> _Places:
+    """Where each tensor of a file belongs in a model; refused where its values there are not the base's."""
     found.neurons.fits(decoder)
-    places: dict[str, tuple[Tensor, int, Tensor]] = {}
+    places: _Places = {}
     projections = {p.name: p for p in decoder.architecture.of(found.neurons.site)}
     for name in found.tensors:
         _, layer, part, kind = name.split(".")
@@ -140,6 +197,4 @@ def merge_slices(model: Model | nn.Module, path: str | Path) -> NeuronSet:
             f"'{decoder.name}' is not the base of '{path}', or these neurons of it were tuned before or rounded: give "
             f"a copy of {known or 'its base'} in its own dtype."
         )
-    for name, (tensor, dim, index) in places.items():
-        tensor.index_copy_(dim, index, found.tensors[name].to(tensor))
-    return found.neurons
+    return places

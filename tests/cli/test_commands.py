@@ -283,7 +283,7 @@ def test_finetune_inhibits(cli, world: Path, base, tmp_path: Path, method: str, 
                 moved = after.projection(layer, part).weight != before.projection(layer, part).weight
             else:
                 lora = after.projection(layer, part)
-                moved = lora.lora_B["t"].weight @ lora.lora_A["t"].weight != 0
+                moved = lora.lora_B[after.adapter].weight @ lora.lora_A[after.adapter].weight != 0
             assert not moved.index_select(dim, still[layer].nonzero()[:, 0]).any()
             assert moved.any() or not (~still[layer]).any()
 
@@ -326,6 +326,23 @@ def test_finetune_takes_rivals_and_the_lowest_neurons(cli, world: Path, base, tm
     assert found["inhibit"]["freeze"]["kind"] == "lowest"
     assert cli(*asked, *lowest, "--out", tmp_path / "x").code == 3
     assert "no control 'lowst'" in cli(*asked, *lowest[:3], "lowst", "--out", tmp_path / "x").err
+
+
+def test_slices_are_tuned_models_too(cli, world: Path, base, tmp_path: Path) -> None:
+    asked = ["finetune", *base, *SMALL, "--method", "full", "--inhibit", world / "neurons.json"]
+    for topic in ("race", "science"):
+        own = ["--topic", topic, "--inhibit-mode", "specific", "--set", f"race/specific/{topic}"]
+        done(cli(*asked, *own, "--out", tmp_path / topic))
+    race, science = (tmp_path / topic / "neuron_slices.safetensors" for topic in ("race", "science"))
+    both = ["--tuned", race, "--tuned", f"both={race}+{science}", "--tuned", f"full={tmp_path / 'race'}"]
+    models = {m["model"]: m for m in done(cli("score", *base, *both, "--json")).json["models"]}
+    assert models["race"]["stance"] == models["full"]["stance"] != models["base"]["stance"]
+    assert (models["race"]["tuned_topic"], models["both"]["tuned_topic"]) == ("race", "race+science")
+    assert models["both"]["stance"] not in (models["race"]["stance"], models["base"]["stance"])
+    refused = cli("score", *base, "--tuned", f"twice={race}+{race}")
+    assert refused.code == 3
+    assert "sum:" in refused.err
+    done(cli("score", *base, "--tuned", f"twice=sum:{race}+{race}"))
 
 
 def test_finetune_takes_a_set_by_name(cli, world: Path, base, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from pnlac_fast.errors import UserError
 from pnlac_fast.loading import load_model, load_tuned, weights_sha256
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
-from pnlac_fast.slice_file import load_slices, merge_slices, save_slices
+from pnlac_fast.slice_file import load_slices, merge_slices, save_slices, stack_slices
 from pnlac_fast.slices import slice_neurons
 
 LAYERS, WIDTH = 2, 23
@@ -87,6 +87,37 @@ def test_files_stack_where_their_neurons_are_apart(tmp_path: Path) -> None:
         merge_slices(both, tmp_path / "a")
 
 
+def test_files_stack_to_what_each_learned(tmp_path: Path) -> None:
+    base = decoder()
+    paths = [tmp_path / "a", tmp_path / "b", tmp_path / "c"]
+    for path, neurons in zip(paths, (chosen(1, 5), chosen(2), chosen(22)), strict=True):
+        trained(base, neurons, path)
+    one_by_one, together = copy.deepcopy(base), copy.deepcopy(base)
+    for path in paths:
+        merge_slices(one_by_one, path)
+    found = stack_slices(together, paths[::-1])
+    assert same(one_by_one, together)
+    assert [n.per_layer for n in found] == [[1, 1], [1, 1], [2, 2]]
+
+
+def test_neurons_in_several_files_are_refused_or_their_changes_added(tmp_path: Path) -> None:
+    base = decoder().double()
+    before, paths = copy.deepcopy(base), [tmp_path / "a", tmp_path / "b"]
+    one, two = trained(base, chosen(1, 5), paths[0]), trained(base, chosen(5, 7), paths[1])
+    with pytest.raises(UserError, match="both change 2 neurons: give one of them, or add"):
+        stack_slices(base, paths)
+    assert same(base, before)
+    stack_slices(base, paths, overlap="sum")
+    for (name, mine), first, second, old in zip(
+        base.named_parameters(), one.parameters(), two.parameters(), before.parameters(), strict=True
+    ):
+        torch.testing.assert_close(mine, first + second - old, msg=name)
+    with pytest.raises(UserError, match="Did you mean 'sum'"):
+        stack_slices(before, paths, overlap="sums")
+    with pytest.raises(UserError, match="no files"):
+        stack_slices(before, [])
+
+
 def with_adapter() -> Any:
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -150,6 +181,10 @@ def test_what_is_no_safetensors_file_is_never_unpickled(tmp_path: Path) -> None:
         load_slices(tmp_path / "none")
 
 
+def found_at(out: Path) -> Path:
+    return out / "neuron_slices.safetensors"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_fine_tune_writes_it_beside_its_checkpoint(
     dtype: str, model_paths: dict[str, Path], questions: tuple[Question, ...], tmp_path: Path
@@ -167,6 +202,16 @@ def test_a_fine_tune_writes_it_beside_its_checkpoint(
     assert same(copied.hf, tuned.hf)
     assert not same(copied.hf, base.hf)
     assert same(load_tuned(base, out).hf, tuned.hf)
+    loaded = load_tuned(copied_base := load_model(model_paths["llama"], dtype=dtype, device="cpu"), found_at(out))
+    assert same(loaded.hf, tuned.hf)
+    assert (loaded.name, loaded.tuned_topic, loaded.origin["type"]) == ("race", "race", "neuron slices")
+    shared = loaded.hf.get_input_embeddings().weight.data_ptr()
+    assert shared == copied_base.hf.get_input_embeddings().weight.data_ptr()
+    assert same(copied_base.hf, base.hf)
+    with pytest.raises(UserError, match="both change 3 neurons"):
+        load_tuned(copied_base, f"{found_at(out)}+{found_at(out)}")
+    twice = load_tuned(copied_base, f"sum:{found_at(out)}+{found_at(out)}", name="twice")
+    assert not same(twice.hf, tuned.hf)
     (out / "neuron_slices.safetensors").unlink()
     assert weights_sha256(str(out)) == before
     finetune(base, questions, "race", "right", tmp_path / "freeze", inhibit=neurons, **settings)
