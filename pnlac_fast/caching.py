@@ -171,7 +171,7 @@ def cache(
             "base": _identity(base),
             "tuned": {name: _identity(m) for name, m in models.items()},
             "data": fingerprint(questions),
-            "template": template,
+            "template": prompts.rendered(base.tokenizer, template),
             "count_template": count_template,
             "side": completions,
             "batch_tokens": batch_tokens,

@@ -46,7 +46,7 @@ def _loaded(given: dict[str, Any]) -> dict[str, Any]:
     """Replace the loading options among ``given`` by the loaded model, questions and template."""
     from pnlac_fast.prompts import load_template
 
-    given["template"] = load_template(given["template"])
+    given["template"] = load_template(given["template"], chat=given.pop("chat_template"))
     return _with_model(given | _read(given))
 
 

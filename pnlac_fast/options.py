@@ -239,6 +239,9 @@ def data_choice(**data: Any) -> Decorator:
             help="Column that holds topic, instruction, right or left, in every data file of the command.",
         ),
         option("--template", help="File with {instruction} and, where wanted, {topic}."),
+        option(
+            "--chat-template", is_flag=True, help="Put that into the tokenizer's chat template, as the user's turn."
+        ),
     )
 
 

@@ -15,6 +15,7 @@ from pnlac_fast.errors import UserError, unknown
 
 TOKENS = ("last", "completion", "prompt", "all")
 DEFAULT_TEMPLATE = "{instruction}"
+CHAT = "{chat}"  # in front of a template: what follows is what the user says in the tokenizer's chat template
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,36 @@ class Batch:
         return {"input_ids": self.ids, "attention_mask": self.mask, "position_ids": self.positions}
 
 
-def load_template(path: str | Path | None) -> str:
-    """Read a template file; None is the instruction alone."""
-    if path is None:
-        return DEFAULT_TEMPLATE
-    if not Path(path).is_file():
+def load_template(path: str | Path | None, *, chat: bool = False) -> str:
+    """Read a template file; None is the instruction alone. With ``chat`` it goes into the tokenizer's chat template."""
+    if path is not None and not Path(path).is_file():
         raise UserError(f"There is no template file '{path}': check --template.")
-    return Path(path).read_text()
+    template = DEFAULT_TEMPLATE if path is None else Path(path).read_text()
+    return CHAT + template if chat else template
+
+
+def rendered(tokenizer: Any, template: str) -> str:
+    """A template as text; one that begins with ``{chat}`` as the turn of a user, up to where the assistant answers.
+
+    Raises
+    ------
+    UserError
+        The tokenizer has no chat template, or it changes what the user says.
+    """
+    if not template.startswith(CHAT):
+        return template
+    if not tokenizer.chat_template:
+        raise UserError("The tokenizer has no chat template: leave --chat-template out, or give the instruct model's.")
+    said = [{"role": "user", "content": template.removeprefix(CHAT)}]
+    text: str = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    if text.count("{instruction}") != 1:
+        raise UserError(
+            "The chat template does not keep {instruction} exactly once: write one with --template instead."
+        )
+    begin = tokenizer.bos_token
+    if begin and text.startswith(begin) and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        return text.removeprefix(begin)  # the tokenizer adds it once more
+    return text
 
 
 def encode_prompt(
@@ -112,7 +136,8 @@ def encode_prompt(
     Parameters
     ----------
     template
-        Text with ``{instruction}`` once and, where wanted, ``{topic}``.
+        Text with ``{instruction}`` once and, where wanted, ``{topic}``; with ``{chat}`` in front it is put into the
+        tokenizer's chat template as what the user says.
     count_template
         Count template text too; special tokens never count.
 
@@ -121,6 +146,7 @@ def encode_prompt(
     UserError
         The template has not exactly one ``{instruction}``, or no token of the instruction is left.
     """
+    template = rendered(tokenizer, template)
     if template.count("{instruction}") != 1:
         raise UserError("The template must contain {instruction} exactly once.")
     before, after = (part.replace("{topic}", question.topic) for part in template.split("{instruction}"))
@@ -128,13 +154,17 @@ def encode_prompt(
         before + question.instruction + after, return_offsets_mapping=True, return_special_tokens_mask=True
     )
     ids, special = encoding["input_ids"], encoding["special_tokens_mask"]
+    marks = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}  # a chat template writes them as text
     while special and special[-1]:  # some tokenizers append EOS, which would end the prompt before its answer
         ids, special = ids[:-1], special[:-1]
     start, stop = len(before), len(before) + len(question.instruction)
     counted = tuple(
         i
         for i, (first, last) in enumerate(encoding["offset_mapping"][: len(ids)])
-        if not special[i] and last > first and (count_template or (last > start and first < stop))
+        if not special[i]
+        and ids[i] not in marks
+        and last > first
+        and (count_template or (last > start and first < stop))
     )
     if not counted:
         raise UserError(f"The question '{question.instruction[:60]}' has no tokens: remove it from the data.")
@@ -147,7 +177,7 @@ def encode_completion(tokenizer: Any, text: str, template: str = DEFAULT_TEMPLAT
     Prompt and completion are tokenised apart, so that the prompt's ids never depend on what follows; a space joins
     them unless the template ends in white space.
     """
-    joined = text if template[-1:].isspace() else f" {text}"
+    joined = text if rendered(tokenizer, template)[-1:].isspace() else f" {text}"
     ids = list(tokenizer(joined, add_special_tokens=False)["input_ids"])
     if not ids:
         raise UserError("A completion is empty: remove it from the data.")

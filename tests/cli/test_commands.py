@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -442,6 +443,20 @@ def test_topics_limit_column_and_template_have_effect(cli, world: Path, base, tu
     model = ["--model", world / "base", "--data", file, "--max-new-tokens", 1, "--json"]
     found = done(cli("generate", *model, "--column", "topic=subject", "--column", "instruction=text")).json
     assert [r["instruction"] for r in found] == ["good law ?", "bad law ?"]
+
+
+def test_a_chat_template_is_used_where_asked_and_recorded(cli, world: Path, base, tuned, tmp_path: Path) -> None:
+    chatty = tmp_path / "chatty"
+    shutil.copytree(world / "base", chatty)
+    (chatty / "chat_template.jinja").write_text("Q : {{ messages[0].content }} A :\n")
+    asked = ["cache", "--model", chatty, *base[2:], "--tuned", f"t={world / 'base'}", "--out", tmp_path / "s.zarr"]
+    plain = done(cli(*asked, "--dry-run", "--json")).json["tokens"]
+    assert done(cli(*asked, "--chat-template", "--json")).json["tokens"] == plain + 21 * 4
+    recorded = done(cli("info", tmp_path / "s.zarr", "--json")).json["settings"]["template"]
+    assert recorded.rstrip() == "Q : {instruction} A :"
+    again = cli(*asked)
+    assert again.code == 3
+    assert "template" in again.err
 
 
 @pytest.mark.parametrize(("count", "more"), [([], 0), (["--count-template"], 4)])

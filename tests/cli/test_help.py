@@ -29,6 +29,7 @@ LOADING = {
         ("revision", "dtype", "device", "device_map", "trust_remote_code", "last_projection", "tp"), "model"
     ),
     **dict.fromkeys(("topics", "limit", "columns"), "data"),
+    "chat_template": "template",
 }
 RENAMED = {
     "cache": {"site": "sites"},

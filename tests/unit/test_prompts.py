@@ -8,7 +8,7 @@ import torch
 from pnlac_fast.datasets import Question
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
-from pnlac_fast.prompts import Text, batches, encode, encode_completion, encode_prompt, load_template
+from pnlac_fast.prompts import CHAT, Text, batches, encode, encode_completion, encode_prompt, load_template, rendered
 
 
 def words(model: Model, ids: tuple[int, ...] | list[int]) -> str:
@@ -97,3 +97,49 @@ def test_unknown_selector_and_missing_template(tmp_path) -> None:
         Text(0, (1, 2), 2, (1,)).positions("lats")
     with pytest.raises(UserError, match="no template file"):
         load_template(tmp_path / "missing.txt")
+
+
+TURNS = (
+    "{{ bos_token }}{% for m in messages %} {{ 'Q' if m.role == 'user' else 'A' }} : {{ m.content }} </s> "
+    "{% endfor %}{% if add_generation_prompt %} A :{{ '\n' }}{% endif %}"
+)
+
+
+def test_a_chat_template_is_a_template(llama: Model) -> None:
+    llama.tokenizer.chat_template = TURNS
+    prompt = encode_prompt(llama.tokenizer, QUESTION, CHAT + "the law {instruction}")
+    assert words(llama, prompt.ids) == "<s> Q : the law what about taxes ? </s> A :"  # one <s>, not two
+    assert prompt.counted == (5, 6, 7, 8)
+    everything = encode_prompt(llama.tokenizer, QUESTION, CHAT + "the law {instruction}", count_template=True)
+    assert everything.counted == (1, 2, 3, 4, 5, 6, 7, 8, 10, 11)  # special tokens never count, written out or added
+    assert rendered(llama.tokenizer, "{instruction}") == "{instruction}"
+    assert load_template(None, chat=True) == "{chat}{instruction}"
+    (text,) = encode(llama.tokenizer, [QUESTION], CHAT + "{instruction}", side="right")
+    assert words(llama, text.ids) == "<s> Q : what about taxes ? </s> A : good ."
+
+
+def test_a_chat_template_joins_completions_by_its_own_end(llama: Model) -> None:
+    class Characters:
+        """Just enough of a tokenizer to see what it gets."""
+
+        chat_template, bos_token, bos_token_id = "given", None, None
+
+        def __init__(self, end: str) -> None:
+            self.end = end
+
+        def apply_chat_template(self, said, **_: object) -> str:
+            return f"[{said[0]['content']}]{self.end}"
+
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": [ord(c) for c in text]}
+
+    for end, joined in (("\n", "yes"), ("", " yes")):
+        assert "".join(map(chr, encode_completion(Characters(end), "yes", CHAT + "{instruction}"))) == joined
+
+
+def test_a_tokenizer_without_chat_template_is_a_sentence(llama: Model) -> None:
+    with pytest.raises(UserError, match="no chat template: leave --chat-template out"):
+        encode_prompt(llama.tokenizer, QUESTION, CHAT + "{instruction}")
+    llama.tokenizer.chat_template = "{{ messages[0].content }} {{ messages[0].content }}"
+    with pytest.raises(UserError, match="exactly once: write one with --template"):
+        encode_prompt(llama.tokenizer, QUESTION, CHAT + "{instruction}")
