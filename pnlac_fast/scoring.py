@@ -111,6 +111,8 @@ def score(
         ("base" first), ``tuned_topic`` and ``side`` on run, ``topic`` and ``key`` on question.
     """
     scorers: list[str | Judge] = list(scorer) if isinstance(scorer, list | tuple) else [scorer]
+    if store is not None:
+        stores.list_results(store)  # a store that cannot be read is better known before the work than after it
     questions = as_questions(data)
     labelled = as_questions(training_data) if training_data is not None else None
     judges = _judges(scorers, questions, labelled)

@@ -166,15 +166,21 @@ def tables(results: Mapping[str, xr.Dataset], records: Sequence[Mapping[str, Any
         {
             "scorer": result.attrs["scorer"],
             "error_on_completions": known_answers(result).get("error"),
+            "topics_with_words": _with_words(result),  # few questions tell no words, and then no subject is watched
             "accuracy": result.attrs.get("accuracy"),
             **{f"without {topic}": value for topic, value in result.attrs.get("topic_accuracy", {}).items()},
         }
         for result in results.values()
-        if "completion" in result
+        if "label" in result
     ]
     if len({r["scorer"] for r in records}) == 1:
         stances, models = ([{k: v for k, v in row.items() if k != "scorer"} for row in t] for t in (stances, models))
     return [t for t in (stances, models, judges, agreement_rows(results)) if t]
+
+
+def _with_words(result: xr.Dataset) -> str:
+    words = result.attrs["topic_words"]["words"].values()
+    return f"{sum(map(bool, words))} of {len(words)}"
 
 
 def _off_topic(

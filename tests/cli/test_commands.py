@@ -185,7 +185,9 @@ def test_score_by_several(cli, world: Path, base, tuned, tmp_path: Path, monkeyp
     assert [(r["scorer"], r["other"]) for r in found["agreement"]] == [("logprob", "csv:sheet")]
     assert {"stance", "stance_csv_sheet", "agreement"} <= set(stores.list_results(world / "run.zarr"))
     text = done(cli(*asked, *both)).out
-    assert len(text.split("\n\n")) == 3
+    stances, models, judges, agreed = map(table, text.split("\n\n"))
+    assert (len(stances), len(models), len(judges), len(agreed)) == (1 + 18, 1 + 6, 1 + 1, 1 + 1)
+    assert "topics_with_words" in judges[0]
     monkeypatch.setenv("PNLAC_CACHE", str(tmp_path))
     paid = ["--scorer", "openai:m", "--judge-tokens", 10, "--judge-price", 1, 2, "--dry-run", "--json"]
     cost = done(cli(*asked, *paid)).json["openai:m"]

@@ -11,6 +11,8 @@ import pytest
 import torch
 import xarray as xr
 
+from pnlac_fast import scoring
+from pnlac_fast import store as stores
 from pnlac_fast.datasets import Question
 from pnlac_fast.errors import UserError
 from pnlac_fast.generation import generate
@@ -175,6 +177,12 @@ def test_answers_that_change_the_subject_are_told_from_spill_over() -> None:
     assert off["shift"][0] == pytest.approx(4 / 6)
     assert off["shift_without"][0] == 0.0
     assert record["log_odds_shift"]["science"][0] == 0.25
+
+
+def test_an_unreadable_store_is_known_before_the_work(model_paths, questions, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(scoring, "open_models", lambda *_: pytest.fail("the models were loaded"))
+    with pytest.raises(stores.StoreError):
+        score(model_paths["llama"], {}, questions, store=tmp_path)
 
 
 def test_bad_input(llama: Model, questions) -> None:
