@@ -78,8 +78,10 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return "" if value is None else "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.3g}"
+        return "" if math.isnan(value) else f"{value:.3g}"
     if _is_estimate(value):
+        if math.isnan(value[0]):
+            return ""
         estimate, low, high = (f"{round(v, 2) + 0.0:.2f}" for v in value)
         return f"{estimate} [{low}, {high}]"
     if isinstance(value, Mapping):
