@@ -28,7 +28,7 @@ from pnlac_fast.passes import SHORTCUTS, usable
 from pnlac_fast.prompts import DEFAULT_TEMPLATE, TOKENS, Text
 from pnlac_fast.provenance import provenance
 from pnlac_fast.raw import Keep, choose_kept, raw_rows
-from pnlac_fast.store import Layout, Unit, Writer, open_writer
+from pnlac_fast.store import Layout, StoreError, Unit, Writer, open_writer
 from pnlac_fast.store import info as stored
 from pnlac_fast.workers import parse_worker
 
@@ -284,9 +284,10 @@ def _commits(writer: Writer, *, overlap: bool, out: str | Path) -> Iterator[Call
 
 def _recorded(out: str | Path) -> int | None:
     """The tokens of a pass in the store that is there, if there is one."""
-    if not (Path(out) / "zarr.json").is_file():
+    try:
+        return stored(out).get("settings", {}).get("batch_tokens")
+    except StoreError:  # nothing is there, or what is there is refused when it is opened to be written
         return None
-    return stored(out).get("settings", {}).get("batch_tokens")
 
 
 def _budget(model: Model, neurons: int) -> int:

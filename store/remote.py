@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import asyncio
+from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
@@ -18,6 +19,9 @@ from pnlac_fast.store.places import HIDDEN, Bytes, Place, Sum, sum_of
 METADATA = "zarr.json"
 
 
+T = TypeVar("T")
+
+
 class RemotePlace(Place):
     """Any zarr Store. A value counts as durable when the store has acknowledged it.
 
@@ -25,14 +29,14 @@ class RemotePlace(Place):
     (If-None-Match), which the service decides; elsewhere a look before the write.
     """
 
-    threads = 16
+    threads = 8
 
     def __init__(self, store: Store, name: str) -> None:
         self.name, self._writable = name, store
         self.store = store if store.read_only else store.with_read_only(True)
 
     def read(self, key: str) -> bytes | None:
-        found = sync(self.store.get(key, default_buffer_prototype()))
+        found = self._run(self.store.get(key, default_buffer_prototype()))
         return None if found is None else found.to_bytes()
 
     def put(self, key: str, pieces: Iterable[Bytes]) -> None:
@@ -40,21 +44,15 @@ class RemotePlace(Place):
         content = bytearray()
         for piece in pieces:
             content += memoryview(piece)
-        sync(self._writable.set(key, _buffer(bytes(content))))
+        self._run(self._writable.set(key, _buffer(content)))
 
     def create(self, key: str, content: bytes) -> bool:
         self._check_writable()
         if isinstance(self._writable, ObjectStore):
-            import obstore
-
-            try:
-                obstore.put(self._writable.store, key, content, mode="create")
-            except obstore.exceptions.AlreadyExistsError:
-                return False
-            return True
-        if sync(self._writable.exists(key)):
+            return self._run(_put_if_absent(self._writable.store, key, content))
+        if self._run(self._writable.exists(key)):
             return False
-        sync(self._writable.set_if_not_exists(key, _buffer(content)))
+        self._run(self._writable.set_if_not_exists(key, _buffer(content)))
         return self.read(key) == content
 
     def sync(self) -> None:
@@ -67,22 +65,22 @@ class RemotePlace(Place):
                 listed = [meta async for page in self.store.store.list(folder or None) for meta in page]
                 return {meta["path"]: meta["size"] for meta in listed}
             keys = [key async for key in self.store.list()]
-            return {key: await self.store.getsize(key) for key in keys}
+            return dict(zip(keys, await asyncio.gather(*map(self.store.getsize, keys)), strict=True))
 
         return {
             key: size
-            for key, size in sorted(sync(look()).items())
+            for key, size in sorted(self._run(look()).items())
             if key.startswith(prefix) and not any(part.startswith(HIDDEN) for part in key.split("/"))
         }
 
     def remove(self, prefix: str) -> None:
         self._check_writable()
-        sync(self._writable.delete(prefix))
-        sync(self._writable.delete_dir(prefix))
+        self._run(self._writable.delete(prefix))
+        self._run(self._writable.delete_dir(prefix))
 
     def replace(self, path: str, files: Iterable[tuple[str, Bytes]]) -> dict[str, Sum]:
         # A group is there when its zarr.json is: it goes first and comes last.
-        sync(self._writable.delete(f"{path}/{METADATA}"))
+        self.remove(f"{path}/{METADATA}")
         self.remove(path)
         written: dict[str, Sum] = {}
         last: Bytes = b""
@@ -109,6 +107,16 @@ class RemotePlace(Place):
 
     def foreign(self) -> str | None:
         return next(iter(self.sizes()), None)
+
+    def _run(self, call: Coroutine[Any, Any, T]) -> T:
+        """Wait for a call of the store. Whatever a client library raises becomes an OSError, as a disk's would be."""
+        try:
+            return sync(call)
+        except OSError:
+            raise
+        except Exception as error:
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            raise OSError(f"{self.name}: {said}") from error
 
     def _check_writable(self) -> None:
         if self._writable.read_only:
@@ -137,6 +145,16 @@ def store_of_url(url: str) -> Store:
         raise StoreError(f"{scheme}:// needs the package {missing}; pip install 'pnlac-fast[remote]'.") from error
     except (ValueError, OSError) as error:
         raise StoreError(f"{url} cannot be opened ({error}); check the URL and the credentials.") from error
+
+
+async def _put_if_absent(store: Any, key: str, content: bytes) -> bool:
+    import obstore
+
+    try:
+        await obstore.put_async(store, key, content, mode="create")
+    except obstore.exceptions.AlreadyExistsError:
+        return False
+    return True
 
 
 def _buffer(content: Any) -> Any:
