@@ -73,11 +73,12 @@ def attach(weights: Weights, source: str, name: str) -> tuple[Weights, str]:
         raise UserError(f"The adapter '{source}' cannot be read: {first_line(error)}") from error
     if config.is_prompt_learning:
         raise UserError(f"The adapter '{source}' is {config.peft_type.value}, which changes no weights: give a LoRA.")
-    if weights.part != WHOLE and config.peft_type != PeftType.LORA:
-        raise UserError(f"The adapter '{source}' is {config.peft_type.value}, which cannot be divided: leave --tp out.")
     brought = {_base_name(key) for key in stored} & {_base_name(n) for n, _ in weights.hf.named_parameters()}
     extras = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
     alone = config.peft_type != PeftType.LORA or brought or any(getattr(config, extra, None) for extra in extras)
+    if alone and weights.part != WHOLE:
+        what = "a LoRA that brings weights as a whole" if config.peft_type == PeftType.LORA else config.peft_type.value
+        raise UserError(f"The adapter '{source}' is {what}, which cannot be divided: leave --tp out.")
     carrier = sharing(weights, brought) if alone else weights
     called = f"tuned_{len(weights.attached)}"  # PEFT finds adapters by name among modules' names
     try:

@@ -30,7 +30,8 @@ from pnlac_fast.provenance import provenance
 from pnlac_fast.raw import Keep, choose_kept, raw_rows
 from pnlac_fast.store import Layout, StoreError, Unit, Writer, open_writer
 from pnlac_fast.store import info as stored
-from pnlac_fast.workers import parse_worker
+from pnlac_fast.tensor_parallel import union
+from pnlac_fast.workers import parse_worker, units_of
 
 DECISIVE = ("share", "pack", "fuse", "stop")  # shortcuts that decide how sums are rounded
 RAW_UNIT_BYTES = 256 << 20  # raw activations of one unit and model are held in memory until it is committed
@@ -96,7 +97,8 @@ def cache(
     worker
         Take one share of the units, "i/n" with i from 0 to n - 1, or what a launcher has set, "auto"; then
         :func:`pnlac_fast.merge` makes the statistics. Workers need not know of each other, may be stopped, and go on in
-        any other number: the store ends in the same bits.
+        any other number: the store ends in the same bits. The processes of a tensor-parallel model (``load_model(...,
+        tp=True)``) make this call together, as one worker, and each writes its own neurons of the same units.
     overwrite, dry_run
         Start anew where a store exists; or only say what the run would read and write.
     progress
@@ -125,7 +127,6 @@ def cache(
         for name in given:
             if name not in known:
                 raise unknown(kind, name, known)
-    share = parse_worker(worker)
     if engine not in ("auto", *ops.engines()):
         raise unknown("engine", engine, ("auto", *ops.engines()))
     for name in without:
@@ -137,6 +138,7 @@ def cache(
         raise UserError("There is no tuned model to contrast with: give at least one --tuned.")
     questions = as_questions(data)
     base, models = open_models(model, tuned)
+    share = parse_worker(worker, tp=base.part.ranks > 1)
 
     completions = side if {"completion", "all"} & set(tokens) else "none"
     grouped = {
@@ -157,6 +159,7 @@ def cache(
         taken = usable(each, taken, longest=longest, engine=engine)
     if batch_tokens is None:
         batch_tokens = (not overwrite and _recorded(out)) or _budget(base, sum(widths.values()))
+        batch_tokens = min(union(base, [batch_tokens]))
     layout = Layout(
         topics=tuple(grouped),
         models=tuple(models),
@@ -218,12 +221,14 @@ def cache(
         part=base.part.rank,
         overwrite=overwrite,
     ) as writer:
-        own = len(range(share.index, len(units), share.count))
+        own, pending = len(units_of(share, len(units))), writer.pending
+        if union(base, pending) != [*pending]:
+            raise UserError(f"The processes that share '{base.name}' see '{out}' differently: run the command again.")
         bar = tqdm(
-            writer.pending,
+            pending,
             desc="cache",
             unit="unit",
-            initial=own - len(writer.pending),
+            initial=own - len(pending),
             total=own,
             disable=None if progress is None else not progress,
         )

@@ -132,9 +132,13 @@ def cache(site: tuple[str, ...], as_json: bool, **given: Any) -> None:
     from pnlac_fast import cache as run
     from pnlac_fast.workers import local_device
 
-    if given["worker"] == given["device"] == "auto":
+    if given["worker"] == given["device"] == "auto" and not (given["tp"] or given["device_map"]):
         given["device"] = local_device()
-    show_record(run(sites=site, **_loaded(given)), as_json)
+    given = _loaded(given)
+    first = given["model"].part.rank == 0  # the others would say the same
+    result = run(sites=site, progress=None if first else False, **given)
+    if first:
+        show_record(result, as_json)
 
 
 @commands.command(epilog="Example: pnlac-fast merge run.zarr")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed
 
 from pnlac_fast.capture import accumulate
+from pnlac_fast.cli import main
 from pnlac_fast.datasets import Question
 from pnlac_fast.errors import UserError
 from pnlac_fast.loading import load_model, load_tuned
@@ -51,12 +55,26 @@ for name, refused in {
     "heads": lambda: load_model(given["models"]["three"], tp=True),
     "mixture": lambda: load_model(given["models"]["mixtral"], tp=True),
     "plan": lambda: load_model(given["models"]["plain"], tp=True),
-    "ia3": lambda: load_tuned(base, given["ia3"]),
+    "ia3": lambda: load_tuned(base, given["undivided"]["ia3"]),
+    "head": lambda: load_tuned(base, given["undivided"]["head"]),
+    "dora": lambda: load_tuned(load_model(given["models"]["llama"], tp=True), given["undivided"]["dora"]),
     "neurons": lambda: neurons.fits(base),
 }.items():
     try:
         refused()
     except UserError as error:
         said[name] = str(error)
+
+# By the command, twice: between, the lines of one process's slice of two units are lost, and of all of a third.
+for time in range(2):
+    with redirect_stdout(io.StringIO()) as printed:
+        code = main([*given["command"], "--tp"])
+    said[f"command/{time}"] = [code, printed.getvalue()]
+    distributed.barrier()
+    if rank == 0 and time == 0:
+        for line in ("unit.0.1", "unit.1.0", "unit.2.0", "unit.2.1"):
+            (out / "run.zarr" / "journal" / f"{line}.json").unlink()
+    distributed.barrier()
+
 np.savez(out / f"rank{rank}.npz", **arrays)
 (out / f"rank{rank}.json").write_text(json.dumps(said))

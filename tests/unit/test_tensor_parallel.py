@@ -16,23 +16,28 @@ import pytest
 import torch
 
 from pnlac_fast.architecture import SITES
+from pnlac_fast.caching import cache
 from pnlac_fast.capture import accumulate
+from pnlac_fast.datasets import save_questions
 from pnlac_fast.errors import UserError
 from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.models import Model
 from pnlac_fast.passes import SHORTCUTS
 from pnlac_fast.prompts import encode
 from pnlac_fast.raw import choose_kept
+from pnlac_fast.store import merge, open_activations, open_contrast
 from pnlac_fast.tensor_parallel import WHOLE, Part, union
 
 RANK = Path(__file__).with_name("tensor_parallel_rank.py")
 OPTIONS: dict[str, Any] = {"sites": SITES, "tokens": ("last", "completion"), "batch_tokens": 70}
+CACHE = {"dtype": "float32", "tokens": "last,completion", "site": ",".join(SITES), "raw": "full", "unit_tokens": 150}
 WAYS = {"plain": [], "short": list(SHORTCUTS)}  # with "fuse", which pays off on GPUs only
 
 
 class Ranks(NamedTuple):
     """What the two processes wrote."""
 
+    root: Path
     models: dict[str, Path]
     arrays: list[dict[str, np.ndarray]]
     said: list[dict[str, Any]]
@@ -54,23 +59,33 @@ def _divisible(kind: str, like: Path, path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(model_paths, adapter_paths, questions, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    from peft import IA3Config, get_peft_model
+    from peft import IA3Config, LoraConfig, get_peft_model
     from transformers import GPT2Config, LlamaConfig
 
     root = tmp_path_factory.mktemp("tp")
-    ia3 = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
-    get_peft_model(load_model(model_paths["llama"]).hf, ia3).save_pretrained(root / "ia3")
+    for name, config in {
+        "ia3": IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+        "head": LoraConfig(target_modules=["k_proj"], modules_to_save=["lm_head"]),
+        "dora": LoraConfig(target_modules=["k_proj"], use_dora=True),
+    }.items():
+        get_peft_model(load_model(model_paths["llama"]).hf, config).save_pretrained(root / name)
     LlamaConfig(num_attention_heads=3, num_key_value_heads=3, hidden_size=48).save_pretrained(root / "three")
     GPT2Config().save_pretrained(root / "plain")
+    save_questions(questions, root / "data", "train")
     fused, mixture = (_divisible(kind, model_paths["llama"], root / kind) for kind in ("phi3", "mixtral"))
     models = {**model_paths, "three": root / "three", "plain": root / "plain", "phi3": fused, "mixtral": mixture}
     given = {
         "out": str(root),
         "models": {name: str(path) for name, path in models.items()},
         "adapters": {name: str(path) for name, path in adapter_paths.items()},
-        "ia3": str(root / "ia3"),
+        "undivided": {name: str(root / name) for name in ("ia3", "head", "dora")},
         "questions": [asdict(q) for q in questions[:7]],
         "ways": WAYS,
+        "command": [
+            *("cache", "--model", str(model_paths["llama"]), "--tuned", f"t={model_paths['llama_tuned']}"),
+            *("--data", str(root / "data"), "--out", str(root / "run.zarr"), "--worker", "auto", "--json"),
+            *(f"--{name.replace('_', '-')}={value}" for name, value in CACHE.items()),
+        ],
         "options": OPTIONS,
     }
     (root / "given.json").write_text(json.dumps(given))
@@ -81,7 +96,7 @@ def ranks(model_paths, adapter_paths, questions, tmp_path_factory: pytest.TempPa
     )
     assert done.returncode == 0, done.stderr
     arrays = [dict(np.load(root / f"rank{rank}.npz")) for rank in range(2)]
-    return Ranks(models, arrays, [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(2)])
+    return Ranks(root, models, arrays, [json.loads((root / f"rank{rank}.json").read_text()) for rank in range(2)])
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "phi3"])
@@ -116,6 +131,29 @@ def test_slices_side_by_side_are_the_sums_of_one_process(
         check(f"raw/{name}/{site}", raw)
 
 
+def test_the_store_of_two_processes_is_that_of_one(ranks: Ranks, tmp_path: Path) -> None:
+    for time in range(2):
+        (first, printed), other = (said[f"command/{time}"] for said in ranks.said)
+        assert first == 0
+        assert json.loads(printed)["units"] > 3
+        assert other == [0, ""]
+    merge(ranks.root / "run.zarr")
+    base = load_model(ranks.models["llama"], dtype="float32", device="cpu")
+    tuned = {"t": load_tuned(base, ranks.models["llama_tuned"])}
+    tokens, whole = CACHE["tokens"].split(","), tmp_path / "run.zarr"
+    cache(base, tuned, ranks.root / "data", whole, sites=SITES, tokens=tokens, raw="full", unit_tokens=150)
+    with open_contrast(ranks.root / "run.zarr") as found, open_contrast(whole) as truth:
+        assert set(found.data_vars) == set(truth.data_vars)
+        for name, values in truth.data_vars.items():
+            scale = abs(values).max()
+            assert bool((abs(found[name] - values) <= 2e-5 * scale).where(values.notnull(), found[name].isnull()).all())
+    for name in ("base", "t"):
+        for site in SITES:
+            parts, one = (open_activations(path, name, site).load() for path in (ranks.root / "run.zarr", whole))
+            np.testing.assert_allclose(parts["activation"], one["activation"], rtol=0, atol=1e-4)
+            assert parts["token_id"].equals(one["token_id"])
+
+
 def test_processes_take_the_same_shortcuts_and_units(ranks: Ranks) -> None:
     for said in ranks.said:
         assert set(said["llama/usable"]) == set(said["qwen2/usable"]) == set(SHORTCUTS) - {"fuse"}
@@ -131,6 +169,8 @@ def test_processes_take_the_same_shortcuts_and_units(ranks: Ranks) -> None:
         ("mixture", "is a mixture of experts"),
         ("plan", "no tensor-parallel plan for model type 'gpt2'"),
         ("ia3", "is IA3, which cannot be divided"),
+        ("head", "brings weights as a whole, which cannot be divided"),
+        ("dora", "does not fit a tensor-parallel model, though it may fit a whole one"),
         ("neurons", "load it without tp"),
     ],
 )
