@@ -189,34 +189,30 @@ def info(store: str, as_json: bool) -> None:
 @names("--keep-scores", None, "Scores to write into the store too, as /results/scores.")
 @reading_options
 @option("--normalise", default="token", show_default=True, needs=("score", ("attribution",)), help=NORMALISE)
+@option("--evidence", is_flag=True, help="Hold the sets against halves of the questions, shuffled topics and tests.")
+@option("--draws", default=20, show_default=True, needs=("evidence", ()), help="Random halves and shuffles.")
+@option("--seed", default=0, show_default=True, needs=("evidence", ()))
 @option("-o", "--out", help="JSON file for the neuron sets.")
 @as_json
 def locate(store: str, as_json: bool, **given: Any) -> None:
     """Find general and topic-specific neurons. With their overlap, and what chance would give.
 
-    Attribution and the contrast of sides are computed where a model is given, and else read from the store.
+    Attribution, the contrast of sides and the noise floor of the evidence are computed where a model is given, and else
+    read from the store.
     """
     from pnlac_fast import locate as run
+    from pnlac_fast.evidence import open_summary
+    from pnlac_fast.top_sets import records
 
     found = run(store, **_loaded(given))
-    rows = [
-        {
-            "model": name,
-            "set": s.name.removeprefix(f"{name}/"),
-            "neurons": len(s),
-            "share": s.share,
-            "chance": f.chance[s.kind],
-            "per_layer": s.per_layer,
-        }
-        for name, f in found.items()
-        for s in f.sets
-    ]
+    rows = records(found)
     overlap = {name: {"jaccard": f.overlap.tolist(), "chance": f.chance["jaccard"]} for name, f in found.items()}
-    show(
-        {"sets": rows, "overlap": overlap},
-        as_json,
-        [row for row in rows if row["set"].startswith(("general", "specific"))],
-    )
+    weighed = {"evidence": open_summary(store)} if given["evidence"] else {}
+    shown = [row for row in rows if row["set"].startswith(("general", "specific"))]
+    show({"sets": rows, "overlap": overlap, **weighed}, as_json, shown)
+    if weighed and not as_json:
+        click.echo()
+        show(None, False, weighed["evidence"])
 
 
 @commands.command(epilog="Example: pnlac-fast patch --model base --tuned race --neurons neurons.json --data questions")

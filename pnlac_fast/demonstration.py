@@ -26,7 +26,7 @@ from pnlac_fast.comparison import as_run, join
 from pnlac_fast.datasets import load_questions
 from pnlac_fast.errors import UserError
 from pnlac_fast.loading import load_model, load_tuned
-from pnlac_fast.localize import find, locate
+from pnlac_fast.localize import locate
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet, random_like
 from pnlac_fast.patching import patch
@@ -34,6 +34,7 @@ from pnlac_fast.reporting import report
 from pnlac_fast.reporting.rows import MethodRow
 from pnlac_fast.reporting.tables import method_rows, patch_rows, shift_rows
 from pnlac_fast.scoring import score
+from pnlac_fast.top_sets import find
 from pnlac_fast.training import finetune
 
 SIDE = "right"

@@ -1,215 +1,26 @@
-"""From scores to neurons: top sets, the general and the topic-specific ones."""
+"""From a store to neurons: rank them by a score, and keep the sets."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import xarray as xr
 
 from pnlac_fast import store as stores
 from pnlac_fast.datasets import Question
 from pnlac_fast.errors import UserError, unknown
-from pnlac_fast.neurons import SIDES, NeuronSet, jaccard, save_sets, to_dataset
+from pnlac_fast.neurons import SIDES, NeuronSet, save_sets, to_dataset
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
-from pnlac_fast.scores import ATTRIBUTION, SCORES, score_table, scores, toward_tuning
+from pnlac_fast.scores import ATTRIBUTION, SCORES, score_table, toward_tuning
+from pnlac_fast.top_sets import Localization, find, intersect
 
 if TYPE_CHECKING:  # statistics alone need no torch
     from pnlac_fast.models import Model
 
-SPECIFIC = ("strict", "paper")
 CONTRASTS = ("tuned", SIDES)
-
-
-@dataclass(frozen=True, eq=False)
-class Localization:
-    """What :func:`find` found for one tuned model.
-
-    Attributes
-    ----------
-    general, specific, top
-        The sets; specific and top by probe topic.
-    mean
-        As many neurons as are general, with the highest mean score over the topics: no intersection.
-    contrasted
-        Where the tuned topic is known, "off_minus_on" and "on_minus_off": as many neurons as are general, with the
-        highest mean score of the other topics minus that of the tuned one, or the reverse.
-    score
-        float [topic, layer, neuron], the score that ranked them.
-    overlap
-        float [topic, topic]: Jaccard index of the top sets.
-    chance
-        What independent top sets would give: the share of all neurons of each kind of set, and ``jaccard``, the
-        overlap of two top sets.
-    """
-
-    general: NeuronSet
-    specific: dict[str, NeuronSet]
-    top: dict[str, NeuronSet]
-    mean: NeuronSet
-    score: xr.DataArray
-    overlap: np.ndarray
-    chance: dict[str, float]
-    contrasted: dict[str, NeuronSet] = field(default_factory=dict)
-
-    @property
-    def sets(self) -> list[NeuronSet]:
-        """All sets: general, then specific, those without intersection, and top by topic."""
-        return [self.general, *self.specific.values(), self.mean, *self.contrasted.values(), *self.top.values()]
-
-
-def ranks(score: np.ndarray) -> np.ndarray:
-    """Rank of each neuron, 0 the highest, of ``score`` [layer, neuron]; equal scores in order of (layer, neuron)."""
-    order = np.argsort(-score, axis=None, kind="stable")
-    rank = np.empty(score.size, np.int64)
-    rank[order] = np.arange(score.size)
-    return rank.reshape(score.shape)
-
-
-def top_set(score: np.ndarray, fraction: float, *, per_layer: bool = False) -> np.ndarray:
-    """The highest-scoring fraction of neurons, bool [layer, neuron].
-
-    ``score`` is [layer, neuron]; over all layers together, or the same fraction of each layer.
-    """
-    if not 0 < fraction <= 1:
-        raise UserError(f"A top share of {fraction:g} is not between 0 and 100 %: give for instance --top 5%.")
-    if per_layer:
-        return np.stack([top_set(layer[None], fraction)[0] for layer in score])
-    return ranks(score) < max(1, round(score.size * fraction))
-
-
-def grow(score: np.ndarray, share: float) -> np.ndarray:
-    """The general set grown or shrunk to exactly ``share`` of all neurons, bool [layer, neuron].
-
-    A neuron enters the intersection of the top sets when k reaches its worst rank over the topics of ``score``
-    [topic, layer, neuron]; the neurons with the best worst rank are what the intersection holds at that size.
-    """
-    worst = np.stack([ranks(s) for s in score]).max(0)
-    return top_set(-worst.astype(float), share)
-
-
-def find(
-    contrast: xr.Dataset,
-    model: str,
-    *,
-    site: str = "mlp_mid",
-    tokens: str = "last",
-    score: str = "rms",
-    **options: Any,
-) -> Localization:
-    """General and topic-specific neurons of one tuned model, from the moments of a contrast.
-
-    Parameters
-    ----------
-    contrast
-        What :func:`pnlac_fast.store.open_contrast` returns.
-    score
-        One of :data:`pnlac_fast.scores.SCORES`.
-    options
-        ``top``, ``specific``, ``general_share``, ``per_layer``, ``tuned_topic`` and ``base`` of :func:`intersect`.
-
-    Raises
-    ------
-    UserError
-        A name is not in the store, or there are fewer than two topics to intersect.
-    """
-    for dim, name in (("model", model), ("site", site), ("tokens", tokens)):
-        if name not in contrast[dim].values:
-            raise unknown(dim, name, map(str, contrast[dim].values))
-    selected = contrast.sel(model=model, site=site, tokens=tokens)
-    value = scores(selected, score).isel(neuron=slice(0, int(selected["width"])))
-    return intersect(value, model, site=site, tokens=tokens, score=score, **options)
-
-
-def intersect(
-    value: xr.DataArray,
-    model: str,
-    *,
-    site: str,
-    tokens: str,
-    score: str,
-    top: float = 0.05,
-    specific: str = "strict",
-    general_share: float | None = None,
-    per_layer: bool = False,
-    tuned_topic: str = "",
-    base: Mapping[str, Any] | None = None,
-) -> Localization:
-    """General and topic-specific neurons from a score of every neuron on every topic.
-
-    A topic's top set holds its highest-scoring neurons. General neurons are in every topic's top set. Specific ones
-    are in their own topic's and in no other's ("strict"), or in their own topic's and not general ("paper", as in
-    the code released with arXiv 2508.02360).
-
-    Parameters
-    ----------
-    value
-        float (topic, layer, neuron), higher for neurons that matter more.
-    model, site, tokens, score
-        Where the score comes from; recorded in the sets.
-    top
-        Fraction of all neurons in each top set.
-    general_share
-        Grow or shrink the general set to exactly this share of all neurons (see :func:`grow`).
-    tuned_topic
-        What the model was tuned on; with it the sets of on-topic against off-topic scores are made too.
-
-    Raises
-    ------
-    UserError
-        There are fewer than two topics to intersect.
-    """
-    if specific not in SPECIFIC:
-        raise unknown("kind of specificity", specific, SPECIFIC)
-    topics = [str(t) for t in value["topic"].values]
-    if len(topics) < 2:
-        raise UserError("General neurons need the top sets of two topics or more: cache more topics.")
-    value = value.transpose("topic", "layer", "neuron").compute()
-    tops = np.stack([top_set(v, top, per_layer=per_layer) for v in value.values])
-    shared = np.asarray(tops.all(axis=0)) if general_share is None else grow(value.values, general_share)
-    own = {
-        t: member & (tops.sum(0) == 1 if specific == "strict" else ~shared)
-        for t, member in zip(topics, tops, strict=True)
-    }
-    found = {"score": score, "top": top, "tokens": tokens, "specific": specific, "per_layer": per_layer}
-    found |= {} if general_share is None else {"general_share": general_share}
-    found |= {"tuned_topic": tuned_topic} if tuned_topic else {}
-
-    def named(kind: str, member: np.ndarray, topic: str = "") -> NeuronSet:
-        name = "/".join(part for part in (model, kind, topic) if part)
-        return NeuronSet(name, kind, member, site=site, model=model, topic=topic, base=dict(base or {}), found=found)
-
-    k, n, size = top, len(topics), max(1, int(shared.sum())) / shared.size
-    free = _without_intersection(value.values, size, topics.index(tuned_topic) if tuned_topic in topics else None)
-    return Localization(
-        general=named("general", shared),
-        specific={t: named("specific", member, t) for t, member in own.items()},
-        top={t: named("top", member, t) for t, member in zip(topics, tops, strict=True)},
-        mean=named("mean", free.pop("mean")),
-        contrasted={kind: named(kind, member) for kind, member in free.items()},
-        score=value,
-        overlap=np.array([[jaccard(a, b) for b in tops] for a in tops]),
-        chance={
-            "general": k**n,
-            "specific": k * (1 - k) ** (n - 1) if specific == "strict" else k * (1 - k ** (n - 1)),
-            "top": k,
-            "jaccard": k / (2 - k),
-            **dict.fromkeys(("mean", *free), size),
-        },
-    )
-
-
-def _without_intersection(value: np.ndarray, share: float, tuned: int | None) -> dict[str, np.ndarray]:
-    """Sets of one size ranked by a single score each, bool [layer, neuron], by kind."""
-    found = {"mean": top_set(value.mean(0), share)}
-    if tuned is not None:
-        with np.errstate(invalid="ignore"):  # infinity on both sides says nothing: NaN ranks last
-            more = np.delete(value, tuned, axis=0).mean(0) - value[tuned]
-        found |= {"off_minus_on": top_set(more, share), "on_minus_off": top_set(-more, share)}
-    return found
+NOISE_FLOOR = "noise_floor"
 
 
 def locate(
@@ -230,6 +41,9 @@ def locate(
     template: str = DEFAULT_TEMPLATE,
     normalise: str = "token",
     batch_tokens: int = 4096,
+    evidence: bool = False,
+    draws: int = 20,
+    seed: int = 0,
     out: str | Path | None = None,
 ) -> dict[str, Localization]:
     """Locate neurons for every tuned model of a store; write them into the store and, where asked, to a JSON file.
@@ -252,7 +66,11 @@ def locate(
         Names of scores that are written into the store too, as ``/results/scores``: ``value`` float32 (score, model,
         topic, site, layer, neuron), at ``site`` and ``tokens``.
     model, tuned, data, template, normalise, batch_tokens
-        What attribution and sides are computed from. Without ``model``, what an earlier call left in the store.
+        What attribution and sides, and the noise floor of the evidence, are computed from. Without ``model``, what an
+        earlier call left in the store.
+    evidence, draws, seed
+        Also write nulls and stability of the sets, as ``/results/evidence``: see
+        :func:`pnlac_fast.evidence.evidence`. With a model and data, with the noise floor too.
 
     Returns
     -------
@@ -272,8 +90,11 @@ def locate(
             raise unknown("score", name, (*SCORES, ATTRIBUTION))
     if contrast == SIDES and ATTRIBUTION in methods:
         raise UserError("Attribution needs a tuned model: leave out --contrast sides.")
+    if evidence and (contrast == SIDES or score == ATTRIBUTION):
+        raise UserError("Evidence comes from the sums of a store's units: give a score of moments, --contrast tuned.")
     if model is not None:
-        _compute(store, contrast, model, tuned, data, methods, site, template, normalise, batch_tokens)
+        reading: dict[str, Any] = {"template": template, "batch_tokens": batch_tokens}
+        _compute(store, contrast, methods, model, tuned, data, evidence, site, tokens, normalise, reading)
     moments = attributed = None
     if contrast == SIDES:
         moments = _result(store, SIDES)
@@ -311,9 +132,26 @@ def locate(
     stores.write_sets(store, to_dataset(sets))
     if keep_scores:
         stores.write_result(store, "scores", score_table(keep_scores, moments, attributed, site=site, tokens=tokens))
+    if evidence:
+        _weigh(store, found, draws, seed)
     if out is not None:
         save_sets(sets, out)
     return found
+
+
+def _weigh(store: str | Path, found: Mapping[str, Localization], draws: int, seed: int) -> None:
+    """Write /results/evidence."""
+    from pnlac_fast.evidence import evidence
+
+    contrast = stores.open_contrast(store)
+    general = next(iter(found.values())).general
+    floor = None
+    if NOISE_FLOOR in stores.list_results(store):
+        floor = stores.open_result(store, NOISE_FLOOR)
+        if (floor.attrs["site"], floor.attrs["tokens"]) != (general.site, general.found["tokens"]):
+            floor = None
+    partials = stores.open_partials(store, general.site)
+    stores.write_result(store, "evidence", evidence(found, contrast, partials, floor=floor, draws=draws, seed=seed))
 
 
 def resize(store: str | Path, neurons: NeuronSet, general_share: float) -> Localization:
@@ -338,27 +176,35 @@ def resize(store: str | Path, neurons: NeuronSet, general_share: float) -> Local
 def _compute(
     store: str | Path,
     contrast: str,
+    methods: Sequence[str],
     model: Model | str | Path,
     tuned: Mapping[str, Model | str | Path] | None,
     data: str | Path | Sequence[Question] | None,
-    methods: Sequence[str],
+    evidence: bool,
     site: str | None,
-    template: str,
+    tokens: str | None,
     normalise: str,
-    batch_tokens: int,
+    reading: Mapping[str, Any],
 ) -> None:
-    """Write /results/sides or /results/attribution, whichever :func:`locate` is asked to rank by."""
+    """Write what :func:`locate` needs of a model into the store: /results/sides, attribution or noise_floor."""
     from pnlac_fast.attribution import attribute
+    from pnlac_fast.noise import noise_floor
     from pnlac_fast.sides import contrast_sides
 
     if data is None:
         raise UserError("A model is there to read questions: give --data too, or leave out --model.")
     if contrast == SIDES:
-        sites = (site or "mlp_mid",)
-        contrast_sides(model, data, store=store, sites=sites, template=template, batch_tokens=batch_tokens)
+        contrast_sides(model, data, store=store, sites=(site or "mlp_mid",), **reading)
     elif ATTRIBUTION in methods:
-        options: dict[str, Any] = {"site": site or "mlp_mid", "template": template, "normalise": normalise}
-        attribute(model, tuned or {}, data, store=store, batch_tokens=batch_tokens, **options)
+        options: dict[str, Any] = {"site": site or "mlp_mid", "normalise": normalise}
+        attribute(model, tuned or {}, data, store=store, **options, **reading)
+    elif evidence:
+        moments = stores.open_contrast(store)
+        at: dict[str, Any] = {
+            "site": site or str(moments["site"].values[0]),
+            "tokens": tokens or str(moments["tokens"].values[0]),
+        }
+        noise_floor(model, data, store=store, **at, **reading)
     else:
         raise UserError("Scores of moments need no model: leave out --model, or give --score attribution.")
 

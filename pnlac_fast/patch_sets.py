@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from pnlac_fast.errors import UserError
-from pnlac_fast.localize import Localization, resize, top_set
+from pnlac_fast.localize import resize
 from pnlac_fast.neurons import NeuronSet, choose, random_from, random_like
+from pnlac_fast.top_sets import Localization, top_set
 
 SETS = ("general", "specific", "top", "random")
 ALL_SETS = (*SETS, "random_top", "mean", "off_minus_on", "on_minus_off")

@@ -22,6 +22,7 @@ from pnlac_fast.neurons import SIDES
 from pnlac_fast.passes import SHORTCUTS, usable
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
 from pnlac_fast.provenance import provenance
+from pnlac_fast.store.contrast import OF_BASE, OF_TUNED, statistics
 
 QUESTIONS = 16  # read at once, so that memory does not grow with the data
 
@@ -65,8 +66,7 @@ def contrast_sides(
     base = model if isinstance(model, Model) else load_model(model)
     groups = by_topic(questions)
     layers, widest = len(base.blocks), max(base.width(site) for site in sites)
-    names = ("mean_base", "std_base", "mean_tuned", "std_tuned", "mean_diff", "std_diff", "rms")
-    values = {name: np.full((len(groups), len(sites), layers, widest), np.nan, "f4") for name in names}
+    values = {name: np.full((len(groups), len(sites), layers, widest), np.nan, "f4") for name in (*OF_BASE, *OF_TUNED)}
     shortcuts = usable(base, list(SHORTCUTS), longest=base.context)
     for t, group in enumerate(groups.values()):
         for s, site in enumerate(sites):
@@ -78,17 +78,16 @@ def contrast_sides(
                 )
                 for i, part in enumerate((left, left**2, right, right**2, (right - left) ** 2)):
                     sums[i] += part.sum(1)
-            a, aa, b, bb, dd = sums.numpy() / len(group)
-            d = b - a
-            moments = (a, _deviation(aa, a), b, _deviation(bb, b), d, _deviation(dd, d), np.sqrt(dd))
-            if not np.isfinite(moments).all():
+            n, sums_of = np.array([len(group)]), sums.numpy()
+            moments = statistics(n, sums_of[None, :2], sums_of[None, None, 2:])
+            if not np.isfinite(sums_of).all():
                 raise UserError(f"Activations of '{base.name}' at {site} are not finite: try --dtype float32.")
-            for name, moment in zip(names, moments, strict=True):
-                values[name][t, s, :, : moment.shape[-1]] = moment
+            for name, moment in moments.items():
+                values[name][t, s, :, : base.width(site)] = moment.reshape(layers, -1)
     dims = ("topic", "site", "tokens", "layer", "neuron")
     result = xr.Dataset(
         {
-            name: (dims if name.endswith("_base") else ("model", *dims), _with_axes(value, name))
+            name: (dims if name in OF_BASE else ("model", *dims), _with_axes(value, name))
             for name, value in values.items()
         },
         coords={
@@ -126,11 +125,7 @@ def _means(
     return sums / question.bincount(minlength=len(questions))[None, :, None]
 
 
-def _deviation(square: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    return np.sqrt(np.maximum(square - mean**2, 0))  # rounding may leave less than nothing of a variance of 0
-
-
 def _with_axes(value: np.ndarray, name: str) -> np.ndarray:
     """Add the axis of one token selector, and before it that of one model."""
     value = value[:, :, None]
-    return value if name.endswith("_base") else value[None]
+    return value if name in OF_BASE else value[None]

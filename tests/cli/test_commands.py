@@ -110,6 +110,20 @@ def test_locate_computes_what_the_store_lacks(cli, world: Path, base, tuned, tmp
     assert load_sets(tmp_path / "n.json")["race/off_minus_on"].found["score"] == "attribution"
 
 
+def test_locate_with_evidence(cli, world: Path, base, tuned, tmp_path: Path) -> None:
+    done(cli("cache", *base, *tuned, "--out", tmp_path / "s.zarr", "--unit-tokens", 20))
+    asked = ["locate", tmp_path / "s.zarr", "--top", "40%", "--evidence", "--draws", 3, *base]
+    result = done(cli(*asked, "--json")).json
+    assert [row["model"] for row in result["evidence"]] == ["race", "science"]
+    row = result["evidence"][0]
+    assert row["general"] == next(s["share"] for s in result["sets"] if s["set"] == "general")
+    assert row["null_general"][1] <= row["null_general"][0] <= row["null_general"][2]
+    assert row["above_floor"] > 1
+    lines = table(done(cli(*asked)).out)
+    assert lines[10].split()[:4] == ["model", "general", "null_general", "specific"]
+    assert len(lines) == 9 + 1 + 3
+
+
 def test_patch_equals_the_library_call(cli, world: Path, base, tuned) -> None:
     asked = ["patch", *base, *tuned, "--neurons", world / "neurons.json", "--store", world / "run.zarr", "--draws", 2]
     kinds = ["--direction", "tuned_into_base,base_into_tuned", "--kind", "tuned,mean,scale", "--scale", "3"]

@@ -12,13 +12,14 @@ import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pnlac_fast import localize
 from pnlac_fast import store as stores
 from pnlac_fast.errors import UserError
 from pnlac_fast.loading import load_model
-from pnlac_fast.localize import find, grow, locate, ranks, top_set
+from pnlac_fast.localize import locate
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet, for_training, load_sets, random_from, random_like, save_sets
+from pnlac_fast.scores import scores
+from pnlac_fast.top_sets import find, grow, ranks, top_set
 
 TOPICS = ["race", "science", "economy"]
 
@@ -90,7 +91,7 @@ def test_scores_follow_their_definitions() -> None:
         "paired_t": abs(parts["mean_diff"]) / (parts["std_diff"] / 3),
     }
     for name, value in expected.items():
-        assert np.allclose(localize.scores(data, name).values[0, :, 0, 0], value, rtol=1e-5)
+        assert np.allclose(scores(data, name).values[0, :, 0, 0], value, rtol=1e-5)
 
 
 def test_t_statistics_are_those_of_scipy() -> None:
@@ -102,7 +103,7 @@ def test_t_statistics_are_those_of_scipy() -> None:
     data = contrast(np.sqrt((d**2).mean(0)), **moments).assign(n=(("topic", "tokens"), np.full((3, 1), 12)))
     welch, paired = scipy.stats.ttest_ind(b, a, equal_var=False), scipy.stats.ttest_rel(b, a)
     for name, expected in (("welch_t", welch), ("paired_t", paired)):
-        found = localize.scores(data, name).values[0, :, 0, 0]
+        found = scores(data, name).values[0, :, 0, 0]
         assert np.allclose(found, abs(expected.statistic), rtol=1e-5)
 
 
@@ -122,7 +123,7 @@ def test_sets_without_intersection() -> None:
 
 def test_neurons_that_never_vary_score_zero_or_infinity() -> None:
     rms = np.array([[[0.0, 1.0]]] * 3)
-    score = localize.scores(contrast(rms, std_base=np.zeros((3, 1, 2))), "std_rms").values[0, 0, 0, 0, 0]
+    score = scores(contrast(rms, std_base=np.zeros((3, 1, 2))), "std_rms").values[0, 0, 0, 0, 0]
     assert score.tolist() == [0.0, np.inf]
 
 
