@@ -10,6 +10,7 @@ from pnlac_fast.store.creation import create_results, describe_selected, open_wr
 from pnlac_fast.store.errors import StoreError
 from pnlac_fast.store.layout import NO_RAW, Layout, Raw, Unit
 from pnlac_fast.store.merging import merge
+from pnlac_fast.store.queries import neuron, prompt, top_neurons, topic_means, with_result, with_text
 from pnlac_fast.store.reader import info, open_contrast, open_examples, open_partials
 from pnlac_fast.store.results import list_results, open_result, open_sets, write_result, write_sets
 from pnlac_fast.store.writer import Writer
@@ -26,6 +27,7 @@ __all__ = [
     "info",
     "list_results",
     "merge",
+    "neuron",
     "open_activations",
     "open_contrast",
     "open_examples",
@@ -33,6 +35,11 @@ __all__ = [
     "open_result",
     "open_sets",
     "open_writer",
+    "prompt",
+    "top_neurons",
+    "topic_means",
+    "with_result",
+    "with_text",
     "write_result",
     "write_sets",
 ]

@@ -48,8 +48,9 @@ def open_activations(path: Location, model: str, site: str) -> xr.Dataset:
         `layer` and `neuron` on ``selected``; float16 where that is stored, float32 otherwise. Coordinates on ``token``:
         `example` (a row of `open_examples`), `topic`, `side` and `completion` (-1 for a row of the prompt), `position`
         and `token_id` (-1 for a mean over tokens), and `counts` (token, selector), how often each token selector
-        counts the row. Rows of committed units only, in the order of the units. `ds.chunk({})` makes dask chunks of
-        whole shards.
+        counts the row. Rows of committed units only, in the order of the units. The attribute `selectors` lists the
+        token selectors of which no token is missing among them. With dask, chunks of whole shards come from
+        ``xr.open_dataset(path, engine="pnlac", group="activations/<model>/<site>", chunks={})``.
 
     Raises
     ------
@@ -81,12 +82,28 @@ def open_activations(path: Location, model: str, site: str) -> xr.Dataset:
     others = read_dataset(place.store, group).drop_vars("activation").load()
     coords: dict[Any, Any] = dict(tokens.data_vars) | dict(others.variables) | {"selector": list(SELECTORS)}
     activation = _lazy(place, layout, f"{group}/activation", site).isel(token=index)
-    activation.encoding["preferred_chunks"] |= {"token": tuple(n for n in rows if n)}
-    return (
+    ds = (
         xr.Dataset({"activation": activation}, attrs=others.attrs)
         .assign_coords(coords)
-        .assign_attrs(model=model, site=site)
+        .assign_attrs(model=model, site=site, selectors=list(kept_selectors(layout)))
     )
+    for variable in ds.variables.values():
+        if "token" in variable.dims:
+            variable.encoding.setdefault("preferred_chunks", {})["token"] = tuple(n for n in rows if n) or (0,)
+    return ds
+
+
+def kept_selectors(layout: Layout) -> tuple[str, ...]:
+    """Return the token selectors of which a store keeps every token, or all of the means."""
+    asked = set(layout.tokens)
+    if layout.raw.tokens in ("none", "last"):
+        asked = {"last"} if layout.raw.tokens == "last" else set()
+    elif layout.raw.tokens == "full":
+        asked = {"last", "prompt"} | (set(SELECTORS) if asked & {"completion", "all"} else set())
+    elif layout.raw.tokens == "selected":  # where the last position is the template's, no other selector has it
+        both = {"prompt", "completion"}
+        asked |= both if "all" in asked else {"all"} if both <= asked else set()
+    return tuple(name for name in SELECTORS if name in asked)
 
 
 def _lazy(place: Place, layout: Layout, path: str, site: str) -> xr.Variable:

@@ -109,7 +109,7 @@ def sample() -> Sample:
     return Sample()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_sample() -> Callable[..., Sample]:
     return Sample
 
