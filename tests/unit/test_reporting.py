@@ -209,7 +209,8 @@ def capture(path: Path, topics: tuple[str, ...] = TOPICS, layers: int = 3, width
     """A finished store with statistics of made-up activations."""
     rng = np.random.default_rng(6)
     units = tuple(stores.Unit(t, 0, 4, 0) for t in topics)
-    layout = stores.Layout(topics, topics, ("mlp_mid",), ("last",), layers, {"mlp_mid": width}, units, "none", {})
+    widths = {"mlp_mid": width}
+    layout = stores.Layout(topics, topics, ("mlp_mid",), ("last",), layers, widths, units, stores.NO_RAW, {})
     names = [t for t in topics for _ in range(4)]
     keys = [f"{i:016x}" for i in range(len(names))]
     examples = {"topic": names, "instruction": [f"Question {i}?" for i in range(len(names))], "key": keys}
