@@ -240,16 +240,20 @@ def _mlp(group: str, linears: dict[str, tuple[int, int]], path: str, last: str |
 def _experts(module: Any, path: str, name: str) -> Architecture | None:
     """Experts whose weights are 3-D parameters behind transformers' experts interface."""
     weights = {n: p for n, p in module.named_parameters(recurse=False) if p.dim() == 3}
-    first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
-    interface = all(hasattr(module, a) for a in ("is_transposed", "is_concatenated", "has_gate", "has_bias"))
+    gated = getattr(module, "has_gate", True)
+    halves, gate = getattr(module, "is_concatenated", None), getattr(type(module), "_apply_gate", None)
+    if halves is None and gate is not None and gate.__name__ == "_default_apply_gate":
+        halves = True  # transformers 5.0 does not say
+    first = "gate_up_proj" if gated else "up_proj"
+    interface = hasattr(module, "is_transposed") and hasattr(module, "has_bias") and halves is not None
     if not interface or set(weights) != {first, "down_proj"} or getattr(module, "has_post_expert_norm", False):
         return None
     count, *shape = weights["down_proj"].shape
     hidden, width = reversed(shape) if module.is_transposed else shape
-    copies = 2 if module.has_gate else 1
+    copies = 2 if gated else 1
     if math.prod(weights[first].shape) != count * copies * width * hidden:
         return None
-    into = Projection(first, name, True, copies, interleaved=not module.is_concatenated, by_expert=True)
+    into = Projection(first, name, True, copies, interleaved=not halves, by_expert=True)
     down = Projection("down_proj", name, False, by_expert=True)
     return Architecture(path, name.rpartition(".")[0], (into, down), width, hidden, count)
 

@@ -50,7 +50,7 @@ def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Ten
     visits = _visits.get().get(id(module), ())
     if not visits:
         own = type(module).forward.__wrapped__
-        usual = ALL_EXPERTS_FUNCTIONS.get_interface(_usual.get()[id(module.config)], own)
+        usual = ALL_EXPERTS_FUNCTIONS.get(_usual.get()[id(module.config)], own)  # "eager" is none of its keys
         return usual(module, hidden, index, weights)
     count, width = module.num_experts, module.down_proj.shape[1 if module.is_transposed else 2]
     middle = hidden.new_zeros(len(hidden), count, width)
@@ -79,11 +79,12 @@ def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Ten
 
 def _into(module: Any, x: Tensor, expert: int) -> Tensor:
     """The activations of one expert, [token, width], without routing weight."""
-    name = "gate_up_proj" if module.has_gate else "up_proj"
+    gated = getattr(module, "has_gate", True)  # before transformers 5.2 all were
+    name = "gate_up_proj" if gated else "up_proj"
     wide = _times(module, x, getattr(module, name)[expert])
     if module.has_bias:
         wide = wide + getattr(module, f"{name}_bias")[expert]
-    return module._apply_gate(wide) if module.has_gate else module.act_fn(wide)
+    return module._apply_gate(wide) if gated else module.act_fn(wide)
 
 
 def _times(module: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pnlac_fast import prompts
+from pnlac_fast.anchoring import Anchor, base_activations
 from pnlac_fast.architecture import architecture
 from pnlac_fast.capture import accumulate
 from pnlac_fast.checkup import self_check
@@ -106,6 +108,24 @@ def mixture(act: Callable[[Tensor], Tensor], renormalised: bool) -> Mlp:
     return Mlp(middle, last)
 
 
+def clamped_mixture(limit: float = 7.0) -> Mlp:
+    """As of GPT-OSS: gate and up alternate, weights are [input, output], all have biases; that of down is zero here."""
+
+    def middle(block: Any, x: Tensor) -> Tensor:
+        experts, router = block.mlp.experts, block.mlp.router
+        logits = x @ router.weight.T + router.bias
+        least = logits.sort(descending=True).values[:, 1:2]
+        shares = torch.softmax(torch.where(logits >= least, logits, -torch.inf), -1)
+        found = []
+        for e, (weight, bias) in enumerate(zip(experts.gate_up_proj, experts.gate_up_proj_bias, strict=True)):
+            both = x @ weight + bias
+            gate, up = both[:, ::2].clamp(max=limit), both[:, 1::2].clamp(-limit, limit)
+            found.append(shares[:, e, None] * (up + 1) * gate / (1 + torch.exp(-1.702 * gate)))
+        return torch.cat(found, -1)
+
+    return Mlp(middle, lambda block, a: a @ block.mlp.experts.down_proj.flatten(0, 1))
+
+
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LIKE_LLAMA = TOKENS | {
     "hidden_size": HIDDEN,
@@ -162,6 +182,12 @@ KINDS: dict[str, tuple[dict[str, Any], Mlp]] = {
         LIKE_LLAMA | {"num_experts": 3, "num_experts_per_tok": 2, "norm_topk_prob": False},
         mixture(silu, renormalised=False),
     ),
+    "gpt_oss": (
+        MIXED
+        | {"num_local_experts": 3, "sliding_window": 4}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        clamped_mixture(),
+    ),
 }
 INTERFACELESS = ("falcon", "gptj", "bloom")  # their attention is not behind transformers' interface
 
@@ -174,10 +200,12 @@ def decoder(kind: str, seed: int = 0, **changes: Any) -> Any:
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in hf.named_parameters():
-            scale = 0.6 if "mlp.gate.weight" in name else 0.3  # routers that are sure
+            scale = 0.6 if "mlp.gate.weight" in name or "router.weight" in name else 0.3  # routers that are sure
             parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=torch.float64) * scale)
             if parameter.dim() == 1 and name.endswith("weight"):
                 parameter.add_(1)
+            if name.endswith("experts.down_proj_bias"):
+                parameter.zero_()
     if hasattr(hf, "set_experts_implementation"):
         hf.set_experts_implementation("eager")
     return hf.requires_grad_(False)
@@ -309,9 +337,16 @@ def moving(model: Model, neuron: int) -> dict[str, Tensor]:
     )
     found = {}
     for (name, parameter), own, by in zip(owned.items(), into, onward, strict=True):
-        if "norm" in name or "ln_" in name or "attention" in name or "attn" in name or name == "mlp.gate.weight":
+        if (
+            "norm" in name
+            or "ln_" in name
+            or "attention" in name
+            or "attn" in name
+            or "router" in name
+            or name == "mlp.gate.weight"
+        ):
             continue
-        parts = [g != 0 for g in (own, by if parameter.dim() > 1 else None) if g is not None]
+        parts = [g != 0 for g in (own, None if name.endswith("bias") else by) if g is not None]
         found[name] = torch.stack(parts).any(0) if parts else torch.zeros_like(parameter, dtype=torch.bool)
     return found
 
@@ -344,6 +379,40 @@ def test_freezing_keeps_exactly_the_weights_that_a_neuron_depends_on(kind: str) 
             assert not still.all(), name
         else:
             assert torch.equal(still, expected), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_anchor_pulls_by_the_gradient_of_its_term(kind: str) -> None:
+    hf = copy.deepcopy(decoder(kind, seed=1)).requires_grad_(True)
+    model, ids = from_hf(hf, None, name=kind), torch.tensor([TEXTS[0]])
+    neurons = some(model, LAYERS - 1, 1, model.width("mlp_mid") - 2)
+    if model.architecture.experts:  # one that is active on these tokens
+        neurons = some(model, LAYERS - 1, int(states(model, [TEXTS[0]])[0]["mlp_mid", LAYERS - 1].std(0).argmax()))
+    base = base_activations(opened(kind), [TEXTS[0]], neurons)
+    chosen = neurons.layer(LAYERS - 1)
+    before = states(opened(kind), [TEXTS[0]])[0]["mlp_mid", LAYERS - 1][:, chosen]
+    assert torch.allclose(base.values, before, rtol=1e-9)
+
+    def gradients(anchored: bool) -> list[Tensor]:
+        seen: list[Tensor] = []
+        hf.zero_grad()
+        anchor, decode = Anchor(neurons, 3.0, base), hf.get_decoder()
+        with ExitStack() as place:
+            if anchored:
+                anchor.install(model, hf, place)
+            else:
+                place.enter_context(model.tapped("mlp_mid", lambda _, a: seen.append(a), [LAYERS - 1]))
+            decode.training = True  # it alone, so that there is no dropout
+            loss = hf(input_ids=ids, labels=ids).loss
+            if not anchored:
+                change = (seen[0][0][:, chosen] - before) / before.std(0, correction=0)
+                loss = loss + 3.0 * change.square().mean()
+            loss.backward()
+        hf.eval()
+        return [p.grad.clone() for p in hf.parameters() if p.grad is not None]
+
+    for mine, theirs in zip(gradients(True), gradients(False), strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3", "opt", "mixtral", "falcon"])

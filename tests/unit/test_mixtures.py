@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pnlac_fast.adapters import quiet
 from pnlac_fast.checkup import self_check
-from pnlac_fast.loading import from_hf, load_model
+from pnlac_fast.errors import UserError
+from pnlac_fast.loading import from_hf, load_model, load_tuned
+from pnlac_fast.masks import find_masks
 from pnlac_fast.models import Model
+from pnlac_fast.neurons import NeuronSet
 
 HIDDEN, WIDTH, EXPERTS = 16, 8, 4  # the widths that grouped kernels ask for
 IDS = torch.tensor([[3, 9, 4, 7, 12]])
@@ -102,3 +108,26 @@ def test_float64_is_loaded_with_an_implementation_that_knows_it(tmp_path, model_
         shutil.copy(file, tmp_path)
     model = load_model(tmp_path, dtype="float64")
     assert all(check["error"] < 1e-6 for check in self_check(model)["checks"].values())
+
+
+def test_adapters_on_experts_are_read_as_their_merged_weights(tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=targets, init_lora_weights=False)
+    with quiet():
+        peft: Any = get_peft_model(mixture("mixtral", torch.float64, "eager").hf, config)
+    peft.save_pretrained(tmp_path)
+    base, other = (mixture("mixtral", torch.float64, "eager") for _ in range(2))
+    tuned = load_tuned(base, tmp_path, name="t")
+    with quiet():
+        merged = PeftModel.from_pretrained(other.hf, tmp_path).merge_and_unload()
+    seen: list[torch.Tensor] = []
+    for model in (tuned, from_hf(merged, None), base, mixture("mixtral", torch.float64, "eager")):
+        with torch.no_grad(), model.tapped("mlp_mid", lambda _, a: seen.append(a), [1]), model.active() as hf:
+            hf(input_ids=IDS)
+    assert torch.allclose(seen[0], seen[1], rtol=1e-6, atol=1e-9)
+    assert torch.equal(seen[2], seen[3])
+    assert not torch.allclose(seen[0], seen[2])
+    with pytest.raises(UserError, match="cannot mask adapters on experts"):
+        find_masks(peft, NeuronSet("s", "general", np.ones((2, EXPERTS * WIDTH), bool)))
