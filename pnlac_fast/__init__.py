@@ -22,6 +22,7 @@ _VERBS = {
     "locate": "localize",
     "patch": "patching",
     "finetune": "training",
+    "sweep": "sweeping",
     "generate": "generation",
     "score": "scoring",
     "utility": "side_effects",

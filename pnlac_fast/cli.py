@@ -330,6 +330,27 @@ def finetune(inhibit: str | None, set_names: Any, as_json: bool, **given: Any) -
     show_record({"out": str(tuned.path), **tuned.record}, as_json, leave_out=["provenance"])
 
 
+@commands.command(
+    epilog="Example: pnlac-fast sweep --model base --data train --probe heldout --plan plan.toml --out sweep"
+)
+@model_options
+@questions_options
+@option("--plan", required=True, help="TOML or JSON: options of finetune, a table a method; lists are combined.")
+@option("--probe", required=True, help="Held-out questions on which all are compared.")
+@option("--out", required=True, help="Directory for the fine-tunes; those that are there already are not done again.")
+@option("--jobs", default=1, show_default=True, help="Processes, each with a model of its own.")
+@option("--overwrite", is_flag=True, help="Do fine-tunes with other settings again instead of refusing.")
+@as_json
+def sweep(as_json: bool, **given: Any) -> None:
+    """Run many fine-tunes and compare them. Goes on where it was stopped."""
+    from pnlac_fast import sweep as run
+    from pnlac_fast.comparison import compare
+
+    rows = [asdict(row) for row in compare(run(**_loaded({**given, "topics": None})), BOOTS)]
+    brief = ("method", "comparison", "share", "runs", "reached", "coupling", "reduction", "retention")
+    show({"methods": rows}, as_json, [{name: row[name] for name in brief} for row in rows])
+
+
 @commands.command(epilog="Example: pnlac-fast generate --model base --data questions --out answers.jsonl")
 @model_options
 @tuned_too_option

@@ -12,6 +12,7 @@ import xarray as xr
 
 from pnlac_fast.errors import UserError
 from pnlac_fast.loading import FINETUNE_FILE
+from pnlac_fast.reporting.rows import MethodRow
 from pnlac_fast.trajectory import TRAJECTORY_FILE, load_trajectory
 
 
@@ -26,17 +27,21 @@ def as_run(trajectory: xr.Dataset, record: Mapping[str, Any]) -> xr.Dataset:
     Returns
     -------
     xarray.Dataset
-        ``margin`` and ``step``, with coordinates ``method`` (see :func:`method_name`), ``tuned_topic``, ``kl_topics``
+        ``margin`` and ``step``, with coordinates ``method`` (see :func:`method_name`; "kl_seen" where all topics that
+        could be judged are in the KL), ``tuned_topic``, ``kl_topics``
         (joined by "+"), ``draw`` (seed of random neurons, else -1), ``count`` and ``share`` (of all neurons, those of
         the first mode that has any), ``learning_rate`` and ``seed`` on run.
     """
     inhibit = record["inhibit"]
     sets = [one for one in inhibit.values() if "count" in one] or [{"count": 0, "share": 0.0, "kind": "", "found": {}}]
+    seen = inhibit.get("kl", {}).get("topics", ())
+    judged = {str(t) for t in trajectory["topic"].values} - {*seen, record["tuned_topic"]}
+    name = method_name(record) if judged or not seen else f"{method_name(record)}_seen"
     draws = [one["found"].get("seed", -1) for one in sets if one["kind"] == "random"]
     values: dict[str, Any] = {
-        "method": np.array([method_name(record)], dtype=object),
+        "method": np.array([name], dtype=object),
         "tuned_topic": np.array([record["tuned_topic"]], dtype=object),
-        "kl_topics": np.array(["+".join(inhibit.get("kl", {}).get("topics", ()))], dtype=object),
+        "kl_topics": np.array(["+".join(seen)], dtype=object),
         "draw": [draws[0] if draws else -1],
         "count": [sets[0]["count"]],
         "share": [sets[0]["share"]],
@@ -69,6 +74,29 @@ def _mode_name(mode: str, one: Mapping[str, Any]) -> str:
     control = f"{one['kind']}_" if one["kind"] in ("random", "lowest") else ""
     amount = f"{control}{percent:{'.0f' if percent >= 0.5 else '.2g'}}"
     return f"slow_{amount}_by_{one['factor']:g}" if one.get("factor") else f"{mode}_{amount}{weight}"
+
+
+def compare(training: xr.Dataset, boots: int = 2000, seed: int = 0) -> list[MethodRow]:
+    """Every method beside plain tuning of the same topic and seed, at equal steps and at equal on-topic shift.
+
+    Parameters
+    ----------
+    training
+        From :func:`join`, :func:`collect` or :func:`pnlac_fast.sweeping.sweep`.
+    boots, seed
+        Resamples of the questions behind each 95 % interval.
+
+    Raises
+    ------
+    UserError
+        There is no plain run to compare with.
+    """
+    from pnlac_fast.reporting.tables import method_rows
+
+    rows, _ = method_rows(training, boots, seed)
+    if not rows:
+        raise UserError("There is no plain fine-tune to compare with on these topics: add one without modes or rival.")
+    return rows
 
 
 def join(runs: Sequence[xr.Dataset]) -> xr.Dataset:

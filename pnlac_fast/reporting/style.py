@@ -123,12 +123,14 @@ def wrapped(name: str, width: int = 13) -> str:
 
 def is_control(method: str) -> bool:
     """Whether a method is a random control of another ("freeze_random_5")."""
-    return "random" in method.split("_") and method != "random"
+    return "random" in method.partition("@")[0].split("_") and method != "random"
 
 
 def controlled(method: str) -> str:
     """The method that a control belongs to: ``freeze_random_5`` gives "freeze_5"; others give themselves."""
-    return "_".join(part for part in method.split("_") if part != "random") if is_control(method) else method
+    name, at, settings = method.partition("@")
+    kept = "_".join(part for part in name.split("_") if part != "random") if is_control(method) else name
+    return f"{kept}{at}{settings}"
 
 
 def family(method: str) -> str:
@@ -162,13 +164,14 @@ def percent(share: float) -> str:
 
 def method_label(method: str, share: float | None = None) -> str:
     """What a method does, in a few words; `share` is the share of all neurons it touches."""
+    method, _, settings = method.partition("@")
+    if settings:
+        return f"{method_label(method, share)} ({settings.replace(',', ', ')})"
     if "+" in method:
         return " and ".join(method_label(part) for part in method.split("+"))
-    name, _, number = controlled(method).partition("_")
-    number, _, weight = number.rpartition("by_") if "by_" in number else (number, "", "")
-    number = number.removesuffix("_")
-    lowest = number.startswith("lowest_")
-    number = number.removeprefix("lowest_")
+    name, *rest = controlled(method).split("_")
+    before, weight = (rest[: rest.index("by")], rest[rest.index("by") + 1]) if "by" in rest else (rest, "")
+    number = next((word for word in before if word[0].isdigit()), "")
     words = {
         "plain": "plain tuning",
         "freeze": "freeze general",
@@ -188,7 +191,9 @@ def method_label(method: str, share: float | None = None) -> str:
         label += f" ({number})"
     if weight and name in ("anchor", "kl"):
         label += f", weight {weight}"
-    if lowest:
+    if rest[-1:] == ["seen"]:
+        label += ", judged where it was held"
+    if "lowest" in rest:
         label = label.replace("general", "lowest-ranked").replace("specific", "lowest-ranked")
     if is_control(method):
         return f"random instead of {label}" if name not in words else f"{label}: random neurons"

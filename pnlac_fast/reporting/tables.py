@@ -167,7 +167,10 @@ def _recovered(
 
 
 def method_rows(training: xr.Dataset, boots: int, seed: int) -> tuple[list[MethodRow], list[PathPoint]]:
-    """Every method against plain tuning of the same topic, at equal steps and at equal on-topic shift, and its path."""
+    """Every method against plain tuning of the same topic, at equal steps and at equal on-topic shift, and its path.
+
+    Topics whose prompts a KL to base has seen do not count in its coupling, nor in that of the plain run beside it.
+    """
     steps = training["step"].transpose("run", "point").values
     if (steps[:, 0] != 0).any():
         raise UserError("A training result has no point at step 0, so there is no shift to report: tune again.")
@@ -191,9 +194,12 @@ def method_rows(training: xr.Dataset, boots: int, seed: int) -> tuple[list[Metho
     by_topic = {topic: pair for (topic, _), pair in reversed(plain.items())}
     found: dict[str, dict[str, list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]]] = {}
     points: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
+    seen = texts(training, "kl_topics")
     for run in runs:
-        at = order.index(tuned[run])
-        own = shifts(run)
+        judged = [i for i, t in enumerate(order) if t == tuned[run] or t not in seen[run].split("+")]
+        judged = judged if len(judged) > 1 else list(range(len(order)))  # see pnlac_fast.comparison.as_run
+        at = [order[i] for i in judged].index(tuned[run])
+        own = shifts(run)[..., judged]
         side = np.sign(_final(own[:1], steps[run])[0, at]) or 1.0
         for point in (steps[run] >= 0).nonzero()[0]:
             here = own[0, point]
@@ -202,7 +208,7 @@ def method_rows(training: xr.Dataset, boots: int, seed: int) -> tuple[list[Metho
         reference = plain.get((tuned[run], int(seeds[run])), by_topic.get(tuned[run]))
         if reference is None:
             continue
-        other, ordinary = reference
+        other, ordinary = reference[0], reference[1][..., judged]
         last = min(steps[run].max(), steps[other].max())
         target = EQUAL_SHIFT * _final(ordinary, steps[other])[:, at]
         for comparison, mine, theirs in (

@@ -345,6 +345,25 @@ def test_finetune_takes_rivals_and_the_lowest_neurons(cli, world: Path, base, tm
     assert "no control 'lowst'" in cli(*asked, *lowest[:3], "lowst", "--out", tmp_path / "x").err
 
 
+def test_sweep_compares_and_goes_on(cli, world: Path, base, questions, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        'topic = ["race", "science"]\nside = "right"\nsteps = 2\nbatch_size = 4\npoints = 2\n[plain]\n'
+        f'[freeze]\ninhibit = "{world / "neurons.json"}"\n'
+    )
+    probe = tmp_path / "probe.jsonl"
+    held_out = [(q.topic, f"law {q.instruction}", q.right, q.left) for q in questions[::3]]
+    rows = [dict(zip(("topic", "instruction", "right", "left"), row, strict=True)) for row in held_out]
+    probe.write_text("\n".join(json.dumps(row) for row in rows))
+    asked = ["sweep", *base, "--plan", plan, "--probe", probe, "--out", tmp_path / "sweep"]
+    found = done(cli(*asked, "--json")).json["methods"]
+    assert {(row["method"].split("_")[0], row["runs"]) for row in found} == {("plain", 2), ("freeze", 2)}
+    made = sorted(p.stat().st_mtime_ns for p in (tmp_path / "sweep").glob("*/*/pnlac.json"))
+    assert len(made) == 4
+    assert len(table(done(cli(*asked)).out)) == 1 + len(found)
+    assert sorted(p.stat().st_mtime_ns for p in (tmp_path / "sweep").glob("*/*/pnlac.json")) == made
+
+
 def test_slices_are_tuned_models_too(cli, world: Path, base, tmp_path: Path) -> None:
     asked = ["finetune", *base, *SMALL, "--method", "full", "--inhibit", world / "neurons.json"]
     for topic in ("race", "science"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from pnlac_fast.generation import answers
 from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.neurons import load_sets
 from pnlac_fast.patches import load_patched
+from pnlac_fast.sweeping import plan_runs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -26,6 +28,12 @@ def test_every_example_is_tested_here_and_says_how_to_run_it() -> None:
     for script in sorted(EXAMPLES.glob("*.py")):
         assert f'"{script.name}"' in here
         assert f"python examples/{script.name} " in script.read_text().split('"""')[1]
+
+
+def test_the_plan_of_a_sweep_is_one() -> None:
+    runs = plan_runs(tomllib.loads((EXAMPLES / "plan.toml").read_text()))
+    assert len(runs) == 6 * (1 + 3 + 3 + 9 + 1 + 1 + 1 + 1)
+    assert {run.options["topic"] for run in runs} == {"race", "science"}
 
 
 def test_quickstart(world: Path, questions, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

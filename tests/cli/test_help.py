@@ -20,7 +20,21 @@ from pnlac_fast.options import Option
 
 HEAVY = ("torch", "transformers", "peft", "zarr", "xarray", "numpy", "sklearn", "matplotlib")
 VERBS = (
-    *("cache", "merge", "info", "locate", "patch", "finetune", "generate", "score", "utility", "report", "demo", "env"),
+    *(
+        "cache",
+        "merge",
+        "info",
+        "locate",
+        "patch",
+        "finetune",
+        "sweep",
+        "generate",
+        "score",
+        "utility",
+        "report",
+        "demo",
+        "env",
+    ),
     "bench",
 )
 # What a command consumes itself, and the parameter of the library call that it becomes.

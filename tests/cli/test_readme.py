@@ -54,6 +54,7 @@ def test_the_python_blocks_run_in_their_order(workplace: Path) -> None:
 def test_every_file_that_it_names_exists() -> None:
     root = Path(__file__).parents[2]
     named = set(re.findall(r"\]\(([^)#:]+)\)", README)) | {
+        "examples/plan.toml",
         "examples/your_trainer.py",
         "store/README.md",
         "CONTRIBUTING.md",
