@@ -412,7 +412,7 @@ def test_an_anchor_pulls_by_the_gradient_of_its_term(kind: str) -> None:
         return [p.grad.clone() for p in hf.parameters() if p.grad is not None]
 
     for mine, theirs in zip(gradients(True), gradients(False), strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()) + 1e-12)
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi3", "opt", "mixtral", "falcon"])
