@@ -108,7 +108,8 @@ def cache(
     -------
     dict
         ``store``, ``questions``, ``tokens`` (of the texts), ``computed`` (how many of them each model computes, about,
-        since shared ones are computed once), ``units``, ``models``, and the estimates ``bytes`` and ``flops``.
+        since shared ones are computed once), ``units``, ``models``, the estimates ``bytes`` and ``flops``, and, after a
+        run, ``complete``: whether the statistics are there, or wait for :func:`pnlac_fast.merge`.
 
     Raises
     ------
@@ -249,10 +250,11 @@ def cache(
                     shortcuts=taken,
                 )
                 commit(number, sums)
-        if share.count == base.part.ranks == 1:
+        alone = share.count == base.part.ranks == 1
+        if alone:
             with _undisturbed():
                 writer.finish()
-    return result
+    return result | {"complete": alone}
 
 
 @contextmanager

@@ -139,6 +139,8 @@ def cache(site: tuple[str, ...], as_json: bool, **given: Any) -> None:
     result = run(sites=site, progress=None if first else False, **given)
     if first:
         show_record(result, as_json)
+        if not result.get("complete", True):
+            click.echo(f"When all workers are done: pnlac-fast merge {result['store']}", err=True)
 
 
 @commands.command(epilog="Example: pnlac-fast merge run.zarr")

@@ -65,6 +65,26 @@ def test_cache_equals_the_library_call(world: Path, tmp_path: Path) -> None:
         assert np.array_equal(mine[name].values, theirs[name].values, equal_nan=mine[name].dtype.kind == "f")
 
 
+def test_workers_and_chosen_neurons(cli, world: Path, base, tuned, tmp_path: Path) -> None:
+    out = tmp_path / "s.zarr"
+    raw = ("--raw", "full", "--raw-dtype", "bfloat16", "--raw-neurons", world / "neurons.json", "--raw-layers", "0,2")
+    cache = ("cache", *base, *tuned, "--out", out, "--tokens", "last,prompt", "--unit-tokens", 20, *raw)
+    first = cli(*cache, "--worker", "1/2")
+    assert (first.code, first.err) == (0, f"When all workers are done: pnlac-fast merge {out}\n")
+    missing = cli("merge", out)
+    assert missing.code == 3
+    assert "units are missing" in missing.err
+    assert cli(*cache, "--worker", "0/2").code == 0
+    units = done(cli("merge", out, "--json")).json["units"]
+    assert units == done(cli("info", out, "--json")).json["units_done"] > 3
+    mine, theirs = (stores.open_contrast(path).load() for path in (out, world / "run.zarr"))
+    np.testing.assert_allclose(mine["rms"], theirs["rms"], rtol=1e-4, atol=1e-7)
+    rows = stores.open_activations(out, "race", "mlp_mid")
+    assert set(rows["layer"].values.tolist()) <= {0, 2}
+    assert 0 < rows.sizes["selected"] < 96
+    assert rows["activation"].dtype == np.float32
+
+
 def test_info_is_readable(cli, world: Path) -> None:
     lines = table(done(cli("info", world / "run.zarr")).out)
     fields = {line.split("  ")[0]: line for line in lines if not line.startswith(" ")}
