@@ -28,8 +28,7 @@ from pnlac_fast.passes import SHORTCUTS, usable
 from pnlac_fast.prompts import DEFAULT_TEMPLATE, TOKENS, Text
 from pnlac_fast.provenance import provenance
 from pnlac_fast.raw import Keep, choose_kept, raw_rows
-from pnlac_fast.store import Layout, StoreError, Unit, Writer, open_writer
-from pnlac_fast.store import info as stored
+from pnlac_fast.store import Layout, Unit, Writer, open_writer, settings_of
 from pnlac_fast.tensor_parallel import union
 from pnlac_fast.workers import parse_worker, units_of
 
@@ -58,6 +57,7 @@ def cache(
     without: Sequence[str] = (),
     worker: str = "0/1",
     overwrite: bool = False,
+    repair: bool = False,
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> dict[str, Any]:
@@ -99,8 +99,9 @@ def cache(
         :func:`pnlac_fast.merge` makes the statistics. Workers need not know of each other, may be stopped, and go on in
         any other number: the store ends in the same bits. The processes of a tensor-parallel model (``load_model(...,
         tp=True)``) make this call together, as one worker, and each writes its own neurons of the same units.
-    overwrite, dry_run
-        Start anew where a store exists; or only say what the run would read and write.
+    overwrite, repair, dry_run
+        Start anew where a store exists; or read all of it first, compute what is damaged again and mend the rest; or
+        only say what the run would read and write.
     progress
         Show a bar on stderr. Default: on a terminal only.
 
@@ -135,6 +136,8 @@ def cache(
             raise unknown("shortcut", name, SHORTCUTS)
     if batch_tokens is not None and batch_tokens < 1:
         raise UserError(f"A pass of {batch_tokens} tokens reads nothing: give --batch-tokens 1 or more.")
+    if repair and (overwrite or dry_run):
+        raise UserError("--repair mends the store that is there: leave out --overwrite and --dry-run.")
     if not tuned:
         raise UserError("There is no tuned model to contrast with: give at least one --tuned.")
     questions = as_questions(data)
@@ -159,8 +162,8 @@ def cache(
     for each in (base, *models.values()):
         taken = usable(each, taken, longest=longest, engine=engine)
     if batch_tokens is None:
-        batch_tokens = (not overwrite and _recorded(out)) or _budget(base, sum(widths.values()))
-        batch_tokens = min(union(base, [batch_tokens]))
+        recorded = None if overwrite else settings_of(out).get("batch_tokens")
+        batch_tokens = min(union(base, [recorded or _budget(base, sum(widths.values()))]))
     layout = Layout(
         topics=tuple(grouped),
         models=tuple(models),
@@ -221,6 +224,7 @@ def cache(
         worker=(share.index, share.count),
         part=base.part.rank,
         overwrite=overwrite,
+        repair=repair,
     ) as writer:
         own, pending = len(units_of(share, len(units))), writer.pending
         if union(base, pending) != [*pending]:
@@ -287,14 +291,6 @@ def _commits(writer: Writer, *, overlap: bool, out: str | Path) -> Iterator[Call
         except KeyboardInterrupt as error:
             settle()
             raise Interrupted(f"Stopped. Run the same command again to go on with '{out}'.") from error
-
-
-def _recorded(out: str | Path) -> int | None:
-    """The tokens of a pass in the store that is there, if there is one."""
-    try:
-        return stored(out).get("settings", {}).get("batch_tokens")
-    except StoreError:  # nothing is there, or what is there is refused when it is opened to be written
-        return None
 
 
 def _budget(model: Model, neurons: int) -> int:

@@ -125,6 +125,7 @@ def commands() -> None:
 @option("--worker", default="0/1", show_default=True, help="Take one share of the work, i/n, or auto; then merge.")
 @option("--tp", is_flag=True, help="Tensor parallel under torchrun: each process holds, and writes, its neurons.")
 @option("--overwrite", is_flag=True, help="Start anew where the store exists.")
+@option("--repair", is_flag=True, help="Read all of the store first, and compute again what is damaged.")
 @option("--dry-run", is_flag=True, help="Only say what would be read and written.")
 @as_json
 def cache(site: tuple[str, ...], as_json: bool, **given: Any) -> None:
@@ -155,15 +156,22 @@ def merge(store: str, as_json: bool) -> None:
 
 @commands.command(epilog="Example: pnlac-fast info run.zarr")
 @click.argument("store")
+@option("--verify", is_flag=True, help="Read every byte; name what is damaged, missing or foreign, and what to do.")
 @as_json
-def info(store: str, as_json: bool) -> None:
+def info(store: str, verify: bool, as_json: bool) -> None:
     """Say what a store holds. Also whether it is complete, and where it came from."""
+    from pnlac_fast.store import certify
     from pnlac_fast.store import info as run
 
-    result = run(store)
+    result = run(store, verify=verify)
     if not as_json and "settings" in result:  # the table has these under provenance
         result["settings"] = {name: v for name, v in result["settings"].items() if name not in ("base", "tuned")}
-    show_record(result, as_json)
+    show_record(result, as_json, leave_out=["findings"])
+    findings = result.get("findings", [])
+    if findings and not as_json:
+        shown = ("file", "problem", "owner", "action")
+        show(findings, False, [{"": f["kind"], **{name: f[name] for name in shown}} for f in findings])
+    certify(result)
 
 
 @commands.command(epilog="Example: pnlac-fast locate run.zarr --top 30% -o neurons.json")

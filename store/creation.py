@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ import xarray as xr
 from zarr.storage import MemoryStore
 
 from pnlac_fast.store.datasets import write_dataset
-from pnlac_fast.store.errors import StoreError
+from pnlac_fast.store.errors import StoreError, VersionError
 from pnlac_fast.store.groups import consolidate, contents, encode_root, remove_groups
-from pnlac_fast.store.journal import JOURNAL, STORE, encode_line, listed, read_record
+from pnlac_fast.store.headers import read_copies
+from pnlac_fast.store.journal import JOURNAL, STORE, decode_line, encode_line, listed, read_record
 from pnlac_fast.store.layout import Layout, fingerprint
 from pnlac_fast.store.places import Location, Place, place_of
+from pnlac_fast.store.repairing import repair as mend
 from pnlac_fast.store.schema import (
     ACTIVATIONS,
     CONTRAST,
@@ -51,6 +54,7 @@ def open_writer(
     worker: tuple[int, int] = (0, 1),
     part: int = 0,
     overwrite: bool = False,
+    repair: bool = False,
 ) -> Writer:
     """Create a store, or open one made with the same layout to go on with it.
 
@@ -73,6 +77,9 @@ def open_writer(
         Which of `layout.parts` slices of neurons this writer brings.
     overwrite : bool
         Start anew: remove the groups of an existing store, results included. Other directories are never touched.
+    repair : bool
+        Read the whole store first, and mend it: metadata and examples are written again, what crashes have left is
+        removed, and units that are damaged become pending. Results and neuron sets that are damaged stay as they are.
 
     Returns
     -------
@@ -84,7 +91,7 @@ def open_writer(
     StoreError
         If another process writes as this worker, or with another number of workers; if the store was made with other
         settings (the message lists each difference); if the path is not a store; if a committed unit's files are
-        missing.
+        missing; if there is nothing to repair, or several workers are to do it.
     """
     place = place_of(path)
     columns = _examples(layout, examples)
@@ -93,11 +100,18 @@ def open_writer(
         raise ValueError(f"worker {worker} or part {part} of {layout.parts} is out of range")
     if overwrite and (worker[1] > 1 or layout.parts > 1):
         raise StoreError(f"Several workers cannot start {place.name} anew; remove it first, or let one process do it.")
-    _occupant(place)
+    if repair:
+        _check_repairable(place, layout, columns, worker, overwrite=overwrite)
+    else:
+        _occupant(place)
+    attributes = mark("capture", layout=layout.to_json(), provenance=provenance, examples=fingerprint(columns))
     with ExitStack() as held:
         with place.changing():
             held.enter_context(place.claim((*worker, part)))
             place.recover()
+            if repair:
+                made = partial(_capture_files, layout, columns, chosen)
+                mend(place, read_copies(place), attributes, made, part)
             header = _occupant(place)
             if header is not None and header.layout is None and not overwrite:
                 raise StoreError(f"{place.name} holds results only; give another path, or use --overwrite.")
@@ -107,16 +121,12 @@ def open_writer(
             elif header is not None:
                 _check_same(place, header, layout, fingerprint(columns))
             if read_record(place, STORE) is None:
-                attributes = mark(
-                    "capture", layout=layout.to_json(), provenance=provenance, examples=fingerprint(columns)
-                )
-                made = _capture_files(layout, columns, chosen)
-                _create(place, attributes, made, layout, anew=overwrite)
+                _create(place, attributes, _capture_files(layout, columns, chosen), layout, anew=overwrite)
         return Writer(place, layout, columns["topic"], worker, part, held.pop_all())
 
 
 def create_results(path: Location, *, provenance: dict[str, Any] | None = None) -> None:
-    """Make a store for results only at `path`; where any pnlac store is already, leave it as it is.
+    """Make a store for results only at `path`, or mend one; where a capture is already, leave it as it is.
 
     Raises
     ------
@@ -124,10 +134,43 @@ def create_results(path: Location, *, provenance: dict[str, Any] | None = None) 
         If `path` is something else than a store or an empty directory.
     """
     place = place_of(path)
-    _occupant(place)
+    try:
+        _occupant(place)
+    except VersionError:
+        raise
+    except StoreError:
+        if read_copies(place).header is None:
+            raise
     with place.changing():
-        if _occupant(place) is None:
-            _create(place, mark("results", provenance=provenance or {}), _results_files(), None, anew=False)
+        copies = read_copies(place)
+        if copies.header is not None and copies.header.layout is not None:
+            return
+        attributes = mark("results", provenance=provenance or {})
+        if copies.header is not None:
+            mend(place, copies, attributes, _results_files)
+        if read_record(place, STORE) is None:
+            _create(place, attributes, _results_files(), None, anew=False)
+
+
+def _check_repairable(
+    place: Place, layout: Layout, columns: dict[str, list[Any]], worker: tuple[int, int], *, overwrite: bool
+) -> None:
+    """Raise StoreError where there is nothing to repair, or it cannot be done so."""
+    if overwrite:
+        raise StoreError("A store is either repaired or started anew; leave out --repair or --overwrite.")
+    if worker[1] > 1:
+        raise StoreError(
+            f"Several workers cannot repair {place.name}; let one process do it, without --worker, and redo the units."
+        )
+    header = read_copies(place).header
+    if header is None:
+        lines = place.read_all(key for key in place.sizes(f"{JOURNAL}/") if key.startswith(f"{JOURNAL}/unit."))
+        if not any((decode_line(line) or {}).get("layout") == layout.fingerprint() for line in lines.values()):
+            raise StoreError(f"There is no store of these settings at {place.name} to repair; leave out --repair.")
+    elif header.layout is None:
+        raise StoreError(f"{place.name} holds results only; give the path of a store that the cache command made.")
+    else:
+        _check_same(place, header, layout, fingerprint(columns))
 
 
 def _occupant(place: Place) -> Header | None:

@@ -9,6 +9,10 @@ class StoreError(Exception):
     exit_code = 3
 
 
+class VersionError(StoreError):
+    """A newer major version of the format wrote the store."""
+
+
 class ShardError(StoreError):
     """A shard of raw activations is missing or damaged.
 

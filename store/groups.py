@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import suppress
 from typing import Any
 
 from zarr.core.buffer import default_buffer_prototype
@@ -39,11 +40,22 @@ def encode_root(attributes: dict[str, Any], consolidated: dict[str, Any]) -> byt
     return json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False).encode()
 
 
-def collect(place: Place) -> dict[str, Any]:
-    """Return the metadata of all groups and arrays below the root, by path."""
-    keys = [key for key in place.sizes() if key.endswith("/" + METADATA)]
-    found = place.read_all(keys)
-    return {key.removesuffix("/" + METADATA): json.loads(found[key]) for key in sorted(found)}
+def collect(place: Place, without: Collection[str] = ()) -> dict[str, Any]:
+    """Return the metadata of all groups and arrays below the root but for those at and below `without`, by path.
+
+    What is no JSON is left out: one damaged result must not keep others from being written. `verify` finds it.
+    """
+    names = [key.removesuffix("/" + METADATA) for key in place.sizes() if key.endswith("/" + METADATA)]
+    found = place.read_all(f"{name}/{METADATA}" for name in names if not _is_below(name, without))
+    documents = {}
+    for key in sorted(found):
+        with suppress(ValueError, RecursionError):
+            documents[key.removesuffix("/" + METADATA)] = json.loads(found[key])
+    return documents
+
+
+def _is_below(name: str, paths: Collection[str]) -> bool:
+    return any(name == path or name.startswith(path + "/") for path in paths)
 
 
 def consolidate(place: Place, attributes: dict[str, Any]) -> None:
@@ -58,7 +70,8 @@ def withdraw(place: Place, paths: Iterable[str]) -> None:
         return
     document = json.loads(content)
     below = document.get("consolidated_metadata", {}).get("metadata", {})
-    hidden = {name for name in below for path in paths if name == path or name.startswith(path + "/")}
+    gone = list(paths)
+    hidden = {name for name in below if _is_below(name, gone)}
     if hidden:
         write_root(place, document["attributes"], {n: m for n, m in below.items() if n not in hidden})
 

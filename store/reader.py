@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import xarray as xr
 from pnlac_fast.store.checks import check_group
 from pnlac_fast.store.datasets import read_dataset
 from pnlac_fast.store.errors import StoreError
+from pnlac_fast.store.headers import read_copies
 from pnlac_fast.store.journal import done_units, group_key, read_journal
 from pnlac_fast.store.names import unknown_name
 from pnlac_fast.store.places import Location, Place, place_of
@@ -24,6 +26,7 @@ from pnlac_fast.store.schema import (
     partials_path,
     read_header,
 )
+from pnlac_fast.store.verification import verify_place
 
 
 def open_contrast(path: Location) -> xr.Dataset:
@@ -110,27 +113,42 @@ def open_examples(path: Location) -> xr.Dataset:
     return read_dataset(place.store, EXAMPLES).load()
 
 
-def info(path: Location) -> dict[str, Any]:
+def info(path: Location, *, verify: bool = False) -> dict[str, Any]:
     """Return what a store holds, as JSON values.
 
     Parameters
     ----------
     path : str, PathLike or zarr Store
         The store.
+    verify : bool
+        Also read every byte, and add ``findings``: see :func:`pnlac_fast.store.verify`.
 
     Returns
     -------
     dict
         path, kind ("capture" or "results"), format_version, provenance, bytes, neuron_sets and results (names); for a
         capture also complete, units_done, units_total, questions, topics, models, sites, tokens, layers, widths, raw
-        and settings.
+        and settings. With `verify`, findings; where these keep the rest from being told, only path and findings.
 
     Raises
     ------
     StoreError
-        If `path` is no store, or its journal is damaged.
+        If `path` is no store; without `verify`, if its journal is damaged.
     """
     place = place_of(path)
+    if not verify:
+        return _describe(place)
+    findings = [asdict(finding) for finding in verify_place(place, read_copies(place))]
+    try:
+        report = _describe(place)
+    except StoreError:
+        if not findings:
+            raise
+        report = {"path": place.name}
+    return report | {"findings": findings}
+
+
+def _describe(place: Place) -> dict[str, Any]:
     header = read_header(place)
     sizes = place.sizes()
     report: dict[str, Any] = {

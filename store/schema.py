@@ -15,7 +15,7 @@ from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec
 
 from pnlac_fast.store.datasets import ATTRIBUTE, FLAT_KEYS, write_dataset
-from pnlac_fast.store.errors import StoreError
+from pnlac_fast.store.errors import StoreError, VersionError
 from pnlac_fast.store.layout import BASE, SELECTORS, Layout
 from pnlac_fast.store.names import directory_name
 from pnlac_fast.store.places import Place
@@ -99,7 +99,7 @@ def parse_header(attributes: Any, name: str) -> Header:
     ours = attributes[ATTRIBUTE]
     kind, version = ours["kind"], (int(ours["version"]["major"]), int(ours["version"]["minor"]))
     if version[0] > MAJOR:
-        raise StoreError(
+        raise VersionError(
             f"{name} has format {version[0]}.{version[1]}, and this version reads formats up to {MAJOR}.x; "
             "upgrade pnlac-fast to open it."
         )

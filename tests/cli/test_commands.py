@@ -598,3 +598,30 @@ def test_demo_prints_its_table(cli, tmp_path: Path, monkeypatch) -> None:
     text = done(cli(*asked)).out
     assert re.search("freeze[_ ]5", text)
     assert text.rstrip().endswith(f"Result page: {tmp_path / 'index.html'}")
+
+
+def test_verify_and_repair(cli, base, tuned, world: Path, tmp_path: Path) -> None:
+    store = Path(shutil.copytree(world / "run.zarr", tmp_path / "s.zarr"))
+    sound = cli("info", store, "--verify")
+    assert (sound.code, sound.err) == (0, "")
+    assert cli("info", store, "--verify", "--json").json["findings"] == []
+    (file,) = (store / "partials" / "mlp_mid" / "base").glob("c.1.*")
+    content = file.read_bytes()
+    file.write_bytes(content[:-9] + b"x" + content[-8:])
+    for name in ("zarr.json", "journal/group.contrast.json"):
+        (store / name).write_bytes(b"")
+    told = cli("info", store, "--verify")
+    assert told.code == 3
+    assert "unit 1 (topic '" in told.out
+    assert "is damaged: journal/group.contrast.json is damaged and 2 more; run the same cache command again" in told.err
+    assert len(cli("info", store, "--verify", "--json").json["findings"]) == 3
+    again = ["cache", *base, *tuned, "--out", store, "--tokens", "last,prompt"]
+    assert cli(*again).code == 3
+    for other in ("--overwrite", "--dry-run"):
+        assert "--repair mends the store that is there" in cli(*again, "--repair", other).err
+    assert "to repair; leave out --repair" in cli(*again[:-3], tmp_path / "new.zarr", "--repair").err
+    mended = cli(*again, "--repair")
+    assert (mended.code, mended.err) == (0, "")
+    assert cli("info", store, "--verify").code == 0
+    assert file.read_bytes() == content
+    assert not (tmp_path / "new.zarr").exists()
