@@ -49,8 +49,10 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Device of the embeddings, where token ids go; of any weight where the embeddings are kept elsewhere."""
-        weights = (self.hf.get_input_embeddings().weight, *self.hf.parameters())
-        return next((w.device for w in weights if not w.is_meta), torch.device("cpu"))
+        own = self.hf.get_input_embeddings().weight
+        if not own.is_meta:
+            return own.device
+        return next((weight.device for weight in self.hf.parameters() if not weight.is_meta), torch.device("cpu"))
 
     @property
     def part(self) -> Part:

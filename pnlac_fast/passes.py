@@ -60,14 +60,14 @@ def run(
         A site was not visited exactly once per layer.
     """
     last, final = len(model.blocks) - 1, max(sites, key=SITES.index)
-    stop = "stop" in shortcuts
+    stop, home = "stop" in shortcuts, model.device
     trim = stop and final != "resid" and take is not None
     visits: Counter[tuple[str, int]] = Counter()
 
     def tap(site: str) -> Callable[[int, Tensor], None]:
         def read(layer: int, activation: Tensor) -> None:
             visits[site, layer] += 1
-            visit(site, layer, activation.flatten(0, 1).to(model.device), trim and layer == last)
+            visit(site, layer, activation.flatten(0, 1).to(home), trim and layer == last)
             if stop and layer == last and site == final:
                 raise _Stop
 
