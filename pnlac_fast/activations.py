@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pnlac_fast import prompts
+from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
 from pnlac_fast.packing import Pack, packs
 from pnlac_fast.passes import SHORTCUTS, run
@@ -40,7 +41,14 @@ def read(
         float32 (float64 of a float64 model), on the CPU, [layer, row, neuron]; rows by text, then by position.
     owner
         The text of each row.
+
+    Raises
+    ------
+    UserError
+        The model lies in several processes.
     """
+    if model.part.ranks > 1:
+        raise UserError(f"The neurons of '{model.name}' lie in several processes: load it without tp.")
     wanted = [text.positions(tokens) for text in texts]
     first = [0]
     for positions in wanted:
@@ -64,7 +72,8 @@ def read(
             take: Tensor = take,
             among: Tensor = among,
         ) -> None:
-            activation[layer, place] = seen[among if taken else take[among]].to("cpu", dtype)
+            rows = among if taken else take[among]
+            activation[layer, place] = seen[rows.to(seen.device)].to("cpu", dtype)
 
         run(model, batch, (site,), visit, take=take, shortcuts=shortcuts)
     return activation, [i for i, positions in enumerate(wanted) for _ in positions]

@@ -72,6 +72,8 @@ def attribute(
     base, models = open_models(model, tuned)
     if not models:
         raise UserError("There is no tuned model to attribute a change to: give at least one --tuned.")
+    if base.part.ranks > 1:
+        raise UserError(f"The neurons of '{base.name}' lie in several processes: load it without tp.")
     groups = by_topic(questions)
     topics = list(groups)
     total = np.zeros((len(models), len(topics), len(base.blocks), base.width(site)))
@@ -83,7 +85,7 @@ def attribute(
         for batch in prompts.batches(ids, batch_tokens, padding_side="left", device=base.device):
             index = list(batch.index)
             lengths = [len(texts[i].ids) - texts[i].prompt for i in index]
-            weight = torch.tensor(weights[index], device=base.device)
+            weight = torch.tensor(weights[index])
             stance, seen, gradient = _gradients(base, batch, lengths, weight, site)
             for m, other in enumerate(models.values()):
                 change, moved = _products(other, batch, lengths, weight, site, seen, gradient)
@@ -128,7 +130,8 @@ def _gradients(
         return activation + added[layer]
 
     with torch.enable_grad(), model.tapped(site, visit):
-        stance = (weight * log_probabilities(model, batch, lengths)).sum()
+        found = log_probabilities(model, batch, lengths)
+        stance = (weight.to(found.device) * found).sum()
         _check_visits(model, added)
         gradients = torch.autograd.grad(stance, list(added.values()))
     return stance.item(), seen, dict(zip(added, gradients, strict=True))
@@ -148,14 +151,14 @@ def _products(
     real = batch.mask.bool()[..., None]
 
     def visit(layer: int, activation: Tensor) -> None:
-        wide = torch.promote_types(activation.dtype, torch.float32)
-        product = (activation.to(wide) - reference[layer].to(wide)) * gradient[layer].to(wide)
+        wide = activation.to(torch.promote_types(activation.dtype, torch.float32))
+        product = (wide - reference[layer].to(wide)) * gradient[layer].to(wide)
         # Nothing attends to padding, so its gradient is 0; but what stands there need not be finite.
-        sums[layer] = torch.where(real, product, 0).sum((0, 1), dtype=torch.float64).cpu().numpy()
+        sums[layer] = torch.where(real.to(wide.device), product, 0).sum((0, 1), dtype=torch.float64).cpu().numpy()
 
     with torch.inference_mode(), ExitStack() as stack:
         stack.enter_context(model.tapped(site, visit))
-        stance = (weight * log_probabilities(model, batch, lengths)).sum()
+        stance = weight @ log_probabilities(model, batch, lengths).cpu()
     _check_visits(model, sums)
     return np.stack([sums[layer] for layer in range(len(model.blocks))]), float(stance)
 

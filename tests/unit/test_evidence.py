@@ -9,13 +9,11 @@ import pytest
 import scipy.stats
 import torch
 import xarray as xr
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pnlac_fast import store as stores
 from pnlac_fast.activations import read
 from pnlac_fast.caching import cache
-from pnlac_fast.chance import overlap
+from pnlac_fast.chance import _hypergeometric, overlap
 from pnlac_fast.errors import UserError
 from pnlac_fast.evidence import evidence, summarise
 from pnlac_fast.loading import load_model, load_tuned
@@ -81,7 +79,7 @@ def changes(common: float, own: float) -> np.ndarray:
     return change
 
 
-@given(st.integers(0, 30))
+@pytest.mark.parametrize("seed", range(6))
 def test_overlap_of_chance_is_the_hypergeometric_one(seed: int) -> None:
     generator = np.random.default_rng(seed)
     a, b = (generator.random((2, 12)) < generator.random() for _ in range(2))
@@ -96,6 +94,8 @@ def test_overlap_of_chance_is_the_hypergeometric_one(seed: int) -> None:
     shared, m, k = int((a & b).sum()), int(a.sum()), int(b.sum())
     assert flat.p == pytest.approx(scipy.stats.hypergeom.sf(shared - 1, 24, m, k))
     assert found.jaccard == flat.jaccard
+    many = _hypergeometric(14336, 717, 900)
+    assert np.allclose(many, scipy.stats.hypergeom.pmf(np.arange(718), 14336, 717, 900), rtol=1e-6, atol=1e-300)
 
 
 def test_a_common_taste_for_a_layer_is_no_overlap() -> None:
@@ -179,6 +179,26 @@ def test_layers_are_ranked_raw_and_in_units_of_base() -> None:
     assert np.allclose(share.sum("layer"), 0.2)
 
 
+def test_seeds_of_one_fine_tune_are_held_against_each_other() -> None:
+    made = [world(changes(3, 3), seed=seed) for seed in range(2)]
+    names, tuned = ("first", "second", "other"), ("race", "race", "science")
+    joined = []
+    for part in range(2):
+        each = [made[i][part].isel(model=0, drop=True) for i in (0, 1, 1)]
+        own = [name for name, values in made[0][part].data_vars.items() if "model" in values.dims]
+        joined.append(xr.concat(each, "model", data_vars=own, coords="minimal", compat="override"))
+    contrast, partials = joined
+    contrast, partials = (each.assign_coords(model=list(names)) for each in (contrast, partials))
+    found = {n: find(contrast, n, top=0.1, tuned_topic=t) for n, t in zip(names, tuned, strict=True)}
+    records = summarise(evidence(found, contrast, partials, draws=1))
+    first, second, other = records
+    expected = overlap(found["first"].general.member, found["second"].general.member)
+    assert first["seeds_general"] == second["seeds_general"] == pytest.approx(expected.jaccard)
+    assert first["seeds_chance"] == pytest.approx(expected.expected)
+    assert first["seeds_general"] > 0.8 > 0.2 > first["seeds_chance"]
+    assert "seeds_general" not in other
+
+
 def test_a_topic_of_one_unit_cannot_be_halved() -> None:
     contrast, partials, _, _ = world(changes(1, 1), units=1)
     found = {"m": find(contrast, "m", top=0.1)}
@@ -215,8 +235,8 @@ def test_top_neurons_are_held_against_the_noise_floor() -> None:
 
 
 def test_evidence_of_a_store(model_paths, adapter_paths, questions, tmp_path: Path) -> None:
-    store, other = tmp_path / "s.zarr", tmp_path / "one.zarr"
-    cache(model_paths["llama"], adapter_paths, questions, store, unit_tokens=20, tokens=("prompt", "last"))
+    store = tmp_path / "s.zarr"
+    cache(model_paths["llama"], adapter_paths, questions, store, unit_tokens=30, tokens=("prompt", "last"))
     options = {"tokens": "last", "evidence": True, "draws": 3, "top": 0.3}
     plain = locate(store, **options)
     result = xr.open_zarr(store, group="results/evidence")
@@ -239,8 +259,5 @@ def test_evidence_of_a_store(model_paths, adapter_paths, questions, tmp_path: Pa
     assert [record["model"] for record in summarise(again)] == ["race", "science"]
     locate(store, tokens="prompt", evidence=True, draws=1)  # whose noise was not measured
     assert "above_floor" not in stores.open_result(store, "evidence")
-    cache(model_paths["llama"], adapter_paths, questions, other, unit_tokens=10**6)
-    with pytest.raises(UserError, match="fewer --unit-tokens"):
-        locate(other, evidence=True)
     with pytest.raises(UserError, match="Evidence comes from the sums"):
         locate(store, evidence=True, contrast="sides")

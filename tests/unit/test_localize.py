@@ -132,6 +132,16 @@ def test_ties_go_to_the_lower_layer_and_neuron() -> None:
     assert ranks(np.array([[1.0, 3.0], [3.0, 2.0]])).tolist() == [[3, 0], [1, 2]]
 
 
+@given(st.integers(0, 1000), st.floats(0.01, 1.0))
+def test_top_sets_are_those_of_the_ranks(seed: int, fraction: float) -> None:
+    generator = np.random.default_rng(seed)
+    score = generator.integers(0, 6, (3, 17)).astype(float)
+    score[generator.random((3, 17)) < 0.1] = np.inf
+    assert np.array_equal(top_set(score, fraction), ranks(score) < max(1, round(51 * fraction)))
+    score[generator.random((3, 17)) < 0.1] = np.nan
+    assert np.array_equal(top_set(score, fraction), ranks(score) < max(1, round(51 * fraction)))
+
+
 def test_top_per_layer_takes_the_same_share_of_each() -> None:
     score = np.arange(40.0).reshape(4, 10)
     assert top_set(score, 0.2).sum(1).tolist() == [0, 0, 0, 8]
