@@ -11,9 +11,7 @@ It needs no prompts of other topics, and one pass of the base over the training 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,122 +19,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pnlac_fast import prompts
+from pnlac_fast.base_activations import BaseActivations, base_activations, columns_of
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
-from pnlac_fast.penalties import Penalty, decoder_of
-
-LEAST_STD = 1e-3  # in units of a layer's typical one: a neuron that hardly ever varies must not rule the penalty
-
-
-@dataclass(frozen=True, eq=False)
-class BaseActivations:
-    """Activations of chosen neurons in the base model, on every token of the training rows.
-
-    Attributes
-    ----------
-    neurons
-        Which ones.
-    values
-        [token, chosen] on the CPU, the rows one after another, the neurons by layer and index.
-    std
-        float32 [chosen]: standard deviation over these tokens, in which the penalty is measured.
-    starts
-        Where a row begins in ``values``, by its token ids as bytes of int64.
-    """
-
-    neurons: NeuronSet
-    values: Tensor
-    std: Tensor
-    starts: Mapping[bytes, int]
-
-    def places(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Where the tokens of a padded batch lie in ``values``, int64 [row, position]; 0 at padding.
-
-        Parameters
-        ----------
-        ids, mask
-            [row, position] on the CPU.
-
-        Raises
-        ------
-        UserError
-            A row is not among them.
-        """
-        found = torch.zeros_like(ids)
-        for row, (tokens, real) in enumerate(zip(ids, mask.bool(), strict=True)):
-            start = self.starts.get(_key(tokens[real]))
-            if start is None:
-                raise UserError(
-                    "A row to train on has no base activations: make them from the rows as the model reads them, "
-                    "truncated or packed alike."
-                )
-            found[row, real] = torch.arange(start, start + int(real.sum()))
-        return found
-
-
-def base_activations(
-    model: Model | nn.Module,
-    rows: Iterable[Sequence[int]],
-    neurons: NeuronSet,
-    *,
-    batch_tokens: int = 4096,
-    dtype: torch.dtype | None = None,
-) -> BaseActivations:
-    """Read the activations of chosen neurons on training rows, before anything is trained.
-
-    Parameters
-    ----------
-    model
-        The base. Adapters of a PEFT model are off meanwhile.
-    rows
-        Token ids of each training row, as it will be fed to the model, without padding.
-    batch_tokens
-        Padded tokens of one forward pass.
-    dtype
-        What to keep them in: tokens x neurons x bytes of it stay in memory. Default: that of the activations.
-
-    Raises
-    ------
-    UserError
-        The neurons are of another model, or there are no rows.
-    """
-    decoder = model if isinstance(model, Model) else decoder_of(model)
-    neurons.check(decoder)
-    unique = {_key(torch.tensor(ids, dtype=torch.int64)): list(ids) for ids in rows}
-    if not unique:
-        raise UserError("There are no training rows to read base activations on: give at least one.")
-    texts = list(unique.values())
-    starts = [0]
-    for ids in texts:
-        starts.append(starts[-1] + len(ids))
-    columns, taken = _columns(neurons, decoder.device), {}
-    values: Tensor | None = None
-
-    def visit(layer: int, activation: Tensor) -> None:
-        taken[layer] = activation.index_select(-1, columns[layer][0]).flatten(0, 1)
-
-    off = model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
-    training = decoder.hf.training
-    decoder.hf.eval()
-    with torch.inference_mode(), off, decoder.active() as hf, decoder.tapped(neurons.site, visit, list(columns)):
-        for batch in prompts.batches(texts, batch_tokens, device=decoder.device):
-            hf.get_decoder()(**batch.inputs(), use_cache=False)
-            read = torch.cat([taken[layer] for layer in columns], -1).to("cpu", dtype)
-            if values is None:
-                values = torch.empty(starts[-1], read.shape[1], dtype=read.dtype)
-            for index, span in zip(batch.index, batch.rows, strict=True):
-                values[starts[index] : starts[index + 1]] = read[span[0] : span[-1] + 1]
-    decoder.hf.train(training)
-    assert values is not None
-    std = torch.empty(values.shape[1])
-    for _, here in columns.values():
-        spread = values[:, here].double().std(0, correction=0)
-        std[here] = spread.clamp(min=LEAST_STD * float(spread.square().mean().sqrt())).float()
-    if not bool((std > 0).all()):
-        raise UserError("Some chosen neurons never vary on the training rows: give more rows, or other neurons.")
-    return BaseActivations(neurons, values, std, dict(zip(unique, starts, strict=False)))
+from pnlac_fast.penalties import Penalty
 
 
 class Anchor(Penalty):
@@ -187,7 +74,7 @@ class Anchor(Penalty):
         assert self.base is not None
         self.neurons.fits(model)
         base, backbone = self.base, model.hf.get_decoder()
-        columns = _columns(self.neurons, model.device)
+        columns = columns_of(self.neurons, model.device)
         inverse = (1 / base.std).to(model.device)
         now: dict[str, Any] = {"on": False}  # the rows of the pass that trains
 
@@ -201,8 +88,9 @@ class Anchor(Penalty):
             if mask.shape != ids.shape:
                 raise UserError("Anchoring needs a padding mask [row, position]: train without packing.")
             rows = base.places(ids.cpu(), mask.cpu()).flatten()
-            weight = mask.flatten()[:, None] / (mask.sum() * base.values.shape[1])
-            now.update(base=base.values[rows].to(ids.device), weight=weight, seen=set(), value=0.0)
+            counted = (rows >= 0).to(ids.device)[:, None]
+            weight = counted / (counted.sum() * base.values.shape[1]).clamp(min=1)
+            now.update(base=base.values[rows.clamp(min=0)].to(ids.device), weight=weight, seen=set(), value=0.0)
 
         def leave(*_: Any) -> None:
             now["on"] = "base" in now  # blocks that are checkpointed run once more in the backward pass
@@ -246,16 +134,6 @@ class _Pull(torch.autograd.Function):
         return grad.index_add(-1, index, gradient.to(grad.dtype)), None, None, None
 
 
-def _columns(neurons: NeuronSet, device: torch.device) -> dict[int, tuple[Tensor, slice]]:
-    """For each layer with chosen neurons: their indices, int64, and where they are among all chosen ones."""
-    found, start = {}, 0
-    for layer, count in enumerate(neurons.per_layer):
-        if count:
-            found[layer] = (torch.tensor(neurons.layer(layer), device=device), slice(start, start + count))
-            start += count
-    return found
-
-
 def _rows_of(loader: Any) -> list[list[int]]:
     """Token ids of every row of a Trainer's data, as its collator would give them to the model."""
     rows = []
@@ -264,7 +142,3 @@ def _rows_of(loader: Any) -> list[list[int]]:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
         rows += [i[m.bool()].tolist() for i, m in zip(ids, torch.ones_like(ids) if mask is None else mask, strict=True)]
     return rows
-
-
-def _key(ids: Tensor) -> bytes:
-    return ids.to(torch.int64).numpy().tobytes()

@@ -306,6 +306,7 @@ def patch(direction: tuple[str, ...], kind: tuple[str, ...], set: tuple[str, ...
     help="Share of each step that frozen neurons still take: 0 freezes them, 1 is plain tuning.",
 )
 @option("--anchor-weight", default=1.0, show_default=True, needs=ANCHOR, help="Of the mean squared change, in stds.")
+@option("--anchor-store", needs=ANCHOR, help="Base's activations, of cache --raw full --tokens all --side SIDE.")
 @option("--kl-weight", default=1.0, show_default=True, needs=KL, help="Of the KL to base on other topics.")
 @option("--kl-data", needs=KL, help="Questions of other topics, no labels needed. Default: --data.")
 @names("--kl-topics", None, "Their topics, none that is judged. Default: all but --topic.", needs=KL)

@@ -19,7 +19,7 @@ from pnlac_fast.datasets import Question
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.generation import answers
 from pnlac_fast.models import Model
-from pnlac_fast.penalties import Penalty, decoder_of
+from pnlac_fast.penalties import Penalty, adapter_off, decoder_of
 from pnlac_fast.prompts import DEFAULT_TEMPLATE, encode_completion, encode_prompt
 
 ON = ("answers", "prompts")
@@ -165,7 +165,7 @@ class KLToBase(Penalty):
         if self._base is not None:
             base = torch.cat([self._base[i] for i in chosen]).to(mine.device)
         else:
-            with torch.no_grad(), _adapter_off(module):
+            with torch.no_grad(), adapter_off(module):
                 base = _logits(model, texts)
         base, mine = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in (base, mine))
         return (base.exp() * (base - mine)).sum(-1).mean()
@@ -226,13 +226,3 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
-
-
-@contextmanager
-def _adapter_off(module: Any) -> Iterator[None]:
-    """Switch a PEFT model's adapter off; PEFT switches all of it on to train again, also what was frozen."""
-    flags = [(p, p.requires_grad) for p in module.parameters()]
-    with module.disable_adapter():
-        yield
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)

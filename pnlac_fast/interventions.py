@@ -12,7 +12,8 @@ import numpy as np
 from torch import nn
 
 from pnlac_fast import store as stores
-from pnlac_fast.anchoring import Anchor, base_activations
+from pnlac_fast.anchoring import Anchor
+from pnlac_fast.base_activations import base_activations, stored_activations
 from pnlac_fast.datasets import Question, by_topic, fingerprint
 from pnlac_fast.divergence import KLToBase, references
 from pnlac_fast.errors import UserError, unknown
@@ -45,6 +46,9 @@ class Interventions:
         Questions of other topics, for the mode "kl".
     kl_on, kl_max_new_tokens
         See :func:`pnlac_fast.divergence.references`.
+    anchor_store
+        Where the base's activations are, for the mode "anchor"; see
+        :func:`pnlac_fast.base_activations.stored_activations`. Default: read them with the model.
     rival
         What InhibitFT is compared with, instead of any mode.
     """
@@ -58,10 +62,13 @@ class Interventions:
     kl_on: str = "answers"
     kl_max_new_tokens: int = 64
     rival: Rival | None = None
+    anchor_store: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.factor and "freeze" not in self.modes:
             raise UserError("An inhibit factor slows frozen neurons: choose mode freeze, or leave the factor out.")
+        if self.anchor_store is not None and "anchor" not in self.modes:
+            raise UserError("A store of base's activations is for anchoring: choose mode anchor, or leave it out.")
         if self.rival is not None and self.modes:
             raise UserError(
                 f"A rival is compared with InhibitFT, not combined: give --rival {self.rival.name} or "
@@ -118,7 +125,11 @@ class Interventions:
         found: list[Penalty] = []
         if "anchor" in self.modes:
             neurons = self.sets["anchor"]
-            found.append(Anchor(neurons, self.anchor_weight, base_activations(module, rows, neurons)))
+            if self.anchor_store is None:
+                base = base_activations(module, rows, neurons)
+            else:
+                base = stored_activations(self.anchor_store, neurons)
+            found.append(Anchor(neurons, self.anchor_weight, base))
         if "kl" in self.modes:
             options: dict[str, Any] = {"max_new_tokens": self.kl_max_new_tokens, "seed": seed}
             texts = references(model, self.others, on=self.kl_on, template=template, **options)

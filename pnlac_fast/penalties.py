@@ -8,7 +8,8 @@ and in the backward pass it adds the gradient of its term. Clipping, accumulatio
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -100,3 +101,21 @@ def decoder_of(module: Any) -> Model:
 
     hf = module.get_base_model() if isinstance(module, PeftModel) else module
     return Model(Weights(hf), None, getattr(hf, "name_or_path", "") or "given", {})
+
+
+@contextmanager
+def adapter_off(module: Any) -> Iterator[None]:
+    """Switch a PEFT model's adapter off; any other module is as it is.
+
+    PEFT lets all of an adapter train when it is switched on again, also what was frozen: here it stays frozen.
+    """
+    from peft import PeftModel
+
+    if not isinstance(module, PeftModel):
+        yield
+        return
+    flags = [(p, p.requires_grad) for p in module.parameters()]
+    with module.disable_adapter():
+        yield
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)

@@ -75,6 +75,7 @@ def finetune(
     inhibit_mode: str | Sequence[str] | None = None,
     inhibit_factor: float = 0.0,
     anchor_weight: float = 1.0,
+    anchor_store: str | Path | None = None,
     kl_data: str | Path | Sequence[Question] | None = None,
     kl_topics: Sequence[str] | None = None,
     kl_weight: float = 1.0,
@@ -133,6 +134,9 @@ def finetune(
         With "freeze", the share of each step that the neurons still take, 0 unless given.
     anchor_weight, kl_weight
         Factors of these penalties beside the loss.
+    anchor_store
+        A store that holds the base's activations on the rows to train on, see
+        :func:`pnlac_fast.base_activations.stored_activations`. Default: they are read before training.
     kl_data, kl_topics
         Whose questions to hold the model to its base on; their completions are not read. Default: those of ``data``,
         of all topics that are not tuned on. A topic that is judged should be left out.
@@ -192,7 +196,16 @@ def finetune(
         if shared := {q.key for q in probes} & {q.key for q in others}:
             raise UserError(f"{len(shared)} of the probe questions are used for the KL: probe with held-out questions.")
     plan = Interventions(
-        modes, sets, inhibit_factor, anchor_weight, kl_weight, others, kl_on, kl_max_new_tokens, against
+        modes,
+        sets,
+        factor=inhibit_factor,
+        anchor_weight=anchor_weight,
+        anchor_store=anchor_store,
+        kl_weight=kl_weight,
+        others=others,
+        kl_on=kl_on,
+        kl_max_new_tokens=kl_max_new_tokens,
+        rival=against,
     )
     rate = LEARNING_RATE[method] if learning_rate is None else learning_rate
     settings: dict[str, Any] = {

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pnlac_fast.adapters import quiet
-from pnlac_fast.anchoring import Anchor, base_activations
+from pnlac_fast.anchoring import Anchor
 from pnlac_fast.architecture import MLP_PROJECTIONS
+from pnlac_fast.base_activations import base_activations
 from pnlac_fast.benchmarking.timing import interleaved, ratio
 from pnlac_fast.benchmarking.workloads import DTYPES, SHAPES, make_model
 from pnlac_fast.errors import UserError, unknown

@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pnlac_fast import prompts
-from pnlac_fast.anchoring import Anchor, base_activations
+from pnlac_fast.anchoring import Anchor
 from pnlac_fast.architecture import architecture
+from pnlac_fast.base_activations import base_activations
 from pnlac_fast.capture import accumulate
 from pnlac_fast.checkup import self_check
 from pnlac_fast.errors import UserError

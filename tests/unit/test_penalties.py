@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokenizer_models
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Trainer,
@@ -26,13 +29,18 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 
 from pnlac_fast.adapters import Weights
-from pnlac_fast.anchoring import Anchor, BaseActivations, base_activations
+from pnlac_fast.anchoring import Anchor
+from pnlac_fast.base_activations import BaseActivations, base_activations, stored_activations
+from pnlac_fast.caching import cache
+from pnlac_fast.completions import encode_rows
 from pnlac_fast.datasets import Question
 from pnlac_fast.divergence import KLToBase, Reference, references
 from pnlac_fast.errors import UserError
 from pnlac_fast.inhibition import InhibitFT
+from pnlac_fast.loading import load_model
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
+from pnlac_fast.training import finetune
 
 LAYERS, WIDTH, HIDDEN, WORDS = 2, 24, 16, 32
 RATE, WEIGHT = 0.05, 0.7
@@ -147,11 +155,11 @@ def activations(model: Any, ids: list[int], site: str) -> Tensor:
 
 
 def anchor_term(model: Any, base: Any, batch: list[list[int]], every: list[list[int]], site: str) -> Tensor:
-    """Mean over tokens and neurons of the squared change over the base's standard deviation on all rows."""
+    """Mean over tokens, but the last of a row, of the squared change over the base's standard deviation on all rows."""
     with torch.no_grad():
-        std = torch.cat([activations(base, ids, site) for ids in every]).std(0, correction=0)
-        before = torch.cat([activations(base, ids, site) for ids in batch])
-    return (((torch.cat([activations(model, ids, site) for ids in batch]) - before) / std) ** 2).mean()
+        std = torch.cat([activations(base, ids[:-1], site) for ids in every]).std(0, correction=0)
+        before = torch.cat([activations(base, ids[:-1], site) for ids in batch])
+    return (((torch.cat([activations(model, ids[:-1], site) for ids in batch]) - before) / std) ** 2).mean()
 
 
 def kl_term(model: Any, base: Any, texts: list[Reference]) -> Tensor:
@@ -233,7 +241,7 @@ def test_a_batch_may_be_run_in_parts_or_recomputed(
 ) -> None:
     base, model, copied = models("llama", method)
     same = [ids[:5] for ids in rows() if len(ids) >= 5] * 2  # of one length, so that parts weigh the same in the loss
-    same = [[*ids[:4], i + 1] for i, ids in enumerate(same[:4])]
+    same = [[i + 1, *ids[1:]] for i, ids in enumerate(same[:4])]
     size = 4 // accumulation
     kl = KLToBase(TEXTS[:2] * 2, WEIGHT, batch_size=size)
     if method == "full":
@@ -282,12 +290,12 @@ def test_base_activations_are_those_of_each_row_alone(batch_tokens: int) -> None
     model.train()
     held = base_activations(model, [*rows(), rows()[1]], chosen(), batch_tokens=batch_tokens)
     assert model.training
-    assert len(held.values) == sum(map(len, rows()))
+    assert len(held.values) == sum(len(ids) - 1 for ids in rows())
     for ids in rows():
         batch = torch.tensor([ids])
-        mine = held.values[held.places(batch, torch.ones_like(batch))[0]]
-        torch.testing.assert_close(mine, activations(model, ids, "mlp_mid").detach())
-    everything = torch.cat([activations(model, ids, "mlp_mid") for ids in rows()]).detach()
+        mine = held.values[held.places(batch, torch.ones_like(batch))[0, :-1]]
+        torch.testing.assert_close(mine, activations(model, ids[:-1], "mlp_mid").detach())
+    everything = torch.cat([activations(model, ids[:-1], "mlp_mid") for ids in rows()]).detach()
     torch.testing.assert_close(held.std.double(), everything.std(0, correction=0), atol=1e-6, rtol=1e-6)
 
 
@@ -295,7 +303,46 @@ def test_places_know_either_padding(tmp_path: Any) -> None:
     held = base_activations(decoder(), rows(), chosen())
     ids = torch.tensor([[0, 0, *rows()[0]], [*rows()[1], 0, 0, 0, 0]])
     mask = torch.tensor([[0, 0] + [1] * 7, [1] * 5 + [0] * 4])
-    assert held.places(ids, mask).tolist() == [[0, 0, *range(7)], [*range(7, 12), 0, 0, 0, 0]]
+    assert held.places(ids, mask).tolist() == [[-1, -1, *range(6), -1], [*range(6, 10), *[-1] * 5]]
+
+
+@pytest.mark.parametrize("chosen_only", [True, False])
+def test_a_store_holds_what_the_model_would_give(
+    chosen_only: bool, model_paths: dict[str, Any], questions: Any, tmp_path: Any
+) -> None:
+    """Read from a store or with the model, the fine-tune is the same."""
+    questions = [q for q in questions if q.topic == "race"]
+    base = load_model(model_paths["llama"], dtype="float32", device="cpu")
+    member = np.zeros((3, 48), bool)
+    member[0, [2, 9]] = member[2, [0, 40, 47]] = True
+    neurons = NeuronSet("some", "general", member, base=base.origin)
+    raw: dict[str, Any] = {"raw": "full", "tokens": ("all",), "side": "right", "progress": False}
+    if chosen_only:
+        raw["raw_neurons"] = [neurons]
+    cache(base, {"tuned": model_paths["llama_tuned"]}, questions, tmp_path / "run.zarr", **raw)
+    ids = [ids for ids, _ in encode_rows(base, questions, "right", "{instruction}")]
+    mine, stored = base_activations(base, ids, neurons), stored_activations(tmp_path / "run.zarr", neurons)
+    assert mine.starts.keys() == stored.starts.keys()
+    for key, start in mine.starts.items():
+        at, size = stored.starts[key], len(key) // 8
+        torch.testing.assert_close(stored.values[at : at + size], mine.values[start : start + size])
+    torch.testing.assert_close(stored.std, mine.std)
+    settings: dict[str, Any] = {"method": "full", "steps": 3, "learning_rate": 3e-3, "inhibit_mode": "anchor"}
+    one, other = (
+        finetune(base, questions, "race", "right", inhibit=neurons, anchor_store=store, **settings)
+        for store in (None, tmp_path / "run.zarr")
+    )
+    for a, b in zip(one.model.hf.parameters(), other.model.hf.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    assert one.record["anchor"][-1][1] == pytest.approx(other.record["anchor"][-1][1], rel=1e-2)
+    with pytest.raises(UserError, match="no base activations"):
+        finetune(base, questions, "race", "left", inhibit=neurons, anchor_store=tmp_path / "run.zarr", **settings)
+    with pytest.raises(UserError, match="another base model"):
+        stored_activations(tmp_path / "run.zarr", replace(neurons, base={"sha256": "0" * 64}))
+    if chosen_only:
+        more = replace(neurons, member=np.roll(member, 1, axis=1))
+        with pytest.raises(UserError, match="keeps not all neurons"):
+            stored_activations(tmp_path / "run.zarr", more)
 
 
 def test_adapters_are_off_while_base_is_read() -> None:
@@ -338,42 +385,32 @@ def test_lora_flags_survive_the_passes_of_base(tmp_path: Any) -> None:
     """PEFT makes all of an adapter train again when it is switched on; what InhibitFT froze must stay frozen."""
     model = lora(decoder())
     inhibit = InhibitFT(chosen(), "specific")
-    trained(model, [inhibit, KLToBase(TEXTS)], tmp_path, max_steps=3)
+    others = replace(chosen(), member=~chosen().member)
+    trained(model, [inhibit, KLToBase(TEXTS), Anchor(others)], tmp_path, max_steps=3)
     attention = model.get_base_model().model.layers[0].self_attn.q_proj
     assert not attention.lora_B["default"].weight.any()
     assert not attention.lora_B["default"].weight.requires_grad
     assert attention.lora_B["default"].weight.grad is None
 
 
-class Words:
-    """A tokenizer of numbers: "5 6" is [5, 6]."""
-
-    eos_token_id, pad_token_id, is_fast = 2, 0, True
-
-    def __call__(self, text: str, **options: Any) -> dict[str, Any]:
-        words = text.split()
-        places, at = [], 0
-        for word in words:
-            at = text.index(word, at)
-            places.append((at, at + len(word)))
-        ids = [int(w) for w in words]
-        return {"input_ids": ids, "special_tokens_mask": [0] * len(ids), "offset_mapping": places}
-
-    def batch_decode(self, ids: Tensor, **options: Any) -> list[str]:
-        return [" ".join(str(int(i)) for i in row if int(i) not in (0, 2)) for row in ids]
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer whose word "w05" is 5."""
+    inner = Tokenizer(tokenizer_models.WordLevel({f"w{i:02}": i for i in range(WORDS)}, unk_token="w00"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="w00", eos_token="w02", unk_token="w00")
 
 
 def test_references_are_prompts_or_answers_of_the_base() -> None:
-    model = Model(Weights(decoder().float()), Words(), "words", {})
-    asked = [Question("race", "5 6 7"), Question("race", "8 9")]
-    assert references(model, asked, on="prompts", template="3 {instruction}") == [
+    model = Model(Weights(decoder().float()), words(), "words", {})
+    asked = [Question("race", "w05 w06 w07"), Question("race", "w08 w09")]
+    assert references(model, asked, on="prompts", template="w03 {instruction}") == [
         Reference((3, 5, 6, 7), 1),
         Reference((3, 8, 9), 1),
     ]
     one, again, other = (references(model, asked, max_new_tokens=5, seed=seed) for seed in (0, 0, 1))
     assert one == again != other
     for text, question in zip(one, asked, strict=True):
-        prompt = [int(word) for word in question.instruction.split()]
+        prompt = [int(word[1:]) for word in question.instruction.split()]
         assert list(text.ids[: text.first]) == prompt
         assert text.ids[-1] == 2
         assert len(text.ids) <= len(prompt) + 6
@@ -404,7 +441,7 @@ def test_settings_without_effect_are_refused(tmp_path: Any) -> None:
     with pytest.raises(UserError, match="no training rows"):
         base_activations(decoder(), [], chosen())
     with pytest.raises(UserError, match="never vary"):
-        base_activations(decoder(), [[3]], chosen())
+        base_activations(decoder(), [[3, 4]], chosen())
     with pytest.raises(UserError, match="no base activations"):
         trained(decoder(), [Anchor(chosen(), 1.0, held)], tmp_path, rows=rows(8), per_device_train_batch_size=8)
     late = trained(decoder(), [], tmp_path)

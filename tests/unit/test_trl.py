@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from pnlac_fast.anchoring import Anchor, base_activations
+from pnlac_fast.anchoring import Anchor
+from pnlac_fast.base_activations import base_activations
 from pnlac_fast.divergence import KLToBase, Reference
 from pnlac_fast.inhibition import InhibitFT
 from pnlac_fast.neurons import NeuronSet
