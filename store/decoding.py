@@ -11,7 +11,7 @@ import numpy.typing as npt
 from numcodecs import blosc
 
 from pnlac_fast.store.errors import ShardError
-from pnlac_fast.store.files import Bytes, Files, Part
+from pnlac_fast.store.files import Bytes
 from pnlac_fast.store.sharding import Sharding
 from pnlac_fast.store.shards import CRC_BYTES, LEFT_OUT, stored_dtype
 
@@ -60,39 +60,6 @@ def decode_chunk(content: Bytes, sharding: Sharding, array: str, key: str, where
         except RuntimeError as error:
             raise ShardError(array, key, f"{where} cannot be decompressed") from error
     return content.view(stored_dtype(sharding.dtype)).reshape(sharding.chunk)
-
-
-def verify_shard(files: Files, sharding: Sharding, key: str, *, array: str) -> None:
-    """Read a whole shard and check every byte of it by what the shard says of itself.
-
-    Raises
-    ------
-    ShardError
-        The shard is missing or cut off, has bytes that belong to no chunk, or a checksum is wrong.
-    """
-    tail = next(files.read([Part(key, None, sharding.index_bytes)]))
-    if tail is None:
-        raise ShardError(array, key, "it is missing")
-    index = read_index(tail, sharding, array, key)
-    present = [tuple(place) for place in np.argwhere(index[..., 0] != LEFT_OUT).tolist()]
-    places = sorted(present, key=lambda place: int(index[*place, 0]))
-    parts, end = [], 0
-    for place in places:
-        start, length = map(int, index[place])
-        if start != end:
-            raise ShardError(array, key, f"byte {min(start, end)} belongs to no chunk, or to two")
-        parts.append(Part(key, start, length))
-        end += length
-    parts.append(Part(key, end, sharding.index_bytes + 1))  # a byte more, to see that there is none
-    for number, content in enumerate(files.read(parts)):
-        chunk = f"chunk {places[number]}" if number < len(places) else ""
-        expected = parts[number].length if chunk else sharding.index_bytes
-        if content is None or content.size != expected:
-            raise ShardError(array, key, "it is cut off, or something follows its index")
-        if chunk:
-            decode_chunk(content, sharding, array, key, chunk)
-        else:
-            read_index(content, sharding, array, key)
 
 
 def _is_signed(content: Bytes) -> bool:
