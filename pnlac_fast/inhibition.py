@@ -167,6 +167,10 @@ class InhibitFT(TrainerCallback):
 
     def _begin_masks(self, masks: Masks, optimizer: Any, clips: bool) -> None:
         reason = why_not_masked(optimizer, [mask.parameter for mask in masks.entries])
+        if any(mask.first is not None for mask in masks.entries):
+            reason = "each expert has other neurons"
+            if self.factor:
+                raise UserError("Neurons of experts can be frozen but not slowed: leave the inhibit factor at 0.")
         if reason and self.factor:
             raise UserError(f"An inhibit factor above 0 needs AdamW or SGD, {reason}: use one of these, or 0.")
         self._step = None if reason else mask_step(optimizer, [mask.on_step(self.factor) for mask in masks.entries])

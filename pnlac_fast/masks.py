@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -40,9 +41,9 @@ class Mask:
         int64 [index], on the parameter's device.
     low_rank
         Whether the parameter is a LoRA factor, whose still entries are zero; else they are the base model's weights.
-    expert
-        int64 [index]: the experts that the still entries are of, where the parameter's first dimension is experts and
-        not all of these have the same; else None.
+    first
+        int64 [index]: where each still entry stands in the first dimension, for weights of experts, of which not all
+        have the same; else None.
     """
 
     name: str
@@ -50,13 +51,13 @@ class Mask:
     dim: int
     still: Tensor
     low_rank: bool
-    expert: Tensor | None = None
+    first: Tensor | None = None
 
     def values(self) -> Tensor:
         """A copy of the entries."""
-        if self.expert is None:
+        if self.first is None:
             return self.parameter.detach().index_select(self.dim, self.still)
-        return self.parameter.detach()[self._of_experts()]
+        return self.parameter.detach()[self._pairs()]
 
     def put(self, values: Tensor | float) -> None:
         """Overwrite the entries."""
@@ -68,16 +69,16 @@ class Mask:
             self._write(self.parameter.grad, 0.0)
 
     def _write(self, tensor: Tensor, values: Tensor | float) -> None:
-        if self.expert is not None:
-            tensor[self._of_experts()] = values
+        if self.first is not None:
+            tensor[self._pairs()] = values
         elif isinstance(values, Tensor):
             tensor.index_copy_(self.dim, self.still, values)
         else:
             tensor.index_fill_(self.dim, self.still, values)
 
-    def _of_experts(self) -> tuple[Any, ...]:
+    def _pairs(self) -> tuple[Any, ...]:
         every = slice(None)
-        return (self.expert, *(self.still if d == self.dim else every for d in range(1, self.parameter.dim())))
+        return (self.first, *(self.still if d == self.dim else every for d in range(1, self.parameter.dim())))
 
     def on_step(self, factor: float) -> StepMask:
         """The mask by which an optimizer's step moves these entries by ``factor`` of what it moves the others."""
@@ -148,7 +149,7 @@ def find_masks(model: nn.Module, neurons: NeuronSet, mode: str = "freeze") -> Ma
             find = _of_experts if decoder.architecture.experts else _of_linear
             own, shared = find(module, projection, still, decoder.architecture.width)
             whole += shared
-            for parameter, dim, index, low_rank, expert in own:
+            for parameter, dim, index, low_rank, first in own:
                 known = names[id(parameter)]
                 if len(known) > 1:
                     raise UserError(
@@ -156,8 +157,8 @@ def find_masks(model: nn.Module, neurons: NeuronSet, mode: str = "freeze") -> Ma
                         f"choose neurons of other layers."
                     )
                 at = parameter.device
-                expert = expert if expert is None else expert.to(at)
-                entries.append(Mask(known[0], parameter, dim, index.to(at), low_rank, expert))
+                first = first if first is None else first.to(at)
+                entries.append(Mask(known[0], parameter, dim, index.to(at), low_rank, first))
             covered[projection.name] += bool(own)
         if mode == "specific" and len(entries) == before:
             remedy = _remedy(model, projections)
@@ -167,7 +168,7 @@ def find_masks(model: nn.Module, neurons: NeuronSet, mode: str = "freeze") -> Ma
     return Masks(tuple(entries), tuple(whole), {part: n for part, n in covered.items() if n})
 
 
-# Trainable parameter, dimension and index of its entries, whether it is a LoRA factor, the expert of each entry.
+# Trainable parameter, dimension and index of its entries, whether it is a LoRA factor, index in the first dimension.
 _Entries = tuple[Any, int, Tensor, bool, Tensor | None]
 
 
@@ -205,16 +206,39 @@ def _of_linear(
 def _of_experts(
     module: Any, projection: Projection, neurons: Tensor, width: int
 ) -> tuple[list[_Entries], list[nn.Parameter]]:
-    """Entries of neurons in a projection of experts, whose weights are [expert, output, input] or transposed."""
-    experts = plain(module)
-    if experts is not module:
-        raise UserError("InhibitFT cannot mask adapters on experts: tune them with method full, or leave them out.")
+    """Entries of neurons in a projection of experts, whose weights are [expert, output, input] or transposed.
+
+    A LoRA on such a weight is one factor A and one B for all experts together.
+    """
+    experts, lora = plain(module), module
+    while lora is not experts and not (isinstance(lora, ParamWrapper) and lora.parameter_name == projection.name):
+        if not isinstance(lora, ParamWrapper):
+            raise UserError(
+                f"InhibitFT masks experts and LoRA on them, not {type(lora).__name__}: tune with one of those."
+            )
+        lora = lora.base_layer
     index, expert = projection.place(neurons, width)
     rows = projection.inward != experts.is_transposed
     found: list[_Entries] = [(getattr(experts, projection.name), 1 if rows else 2, index, False, expert)]
     if projection.inward:
         found.append((getattr(experts, f"{projection.name}_bias", None), 1, index, False, expert))
-    return [t for t in found if t[0] is not None and t[0].requires_grad], []
+    shared: list[Any] = []
+    for name in getattr(lora, "lora_A", ()):
+        a, b, rank = lora.lora_A[name].weight, lora.lora_B[name].weight, lora.r[name]
+        each = torch.arange(rank)
+        if not projection.inward and b.requires_grad and not a.requires_grad:
+            raise UserError(
+                f"A of a {projection.name} LoRA is frozen, its B trains: let both train, so that A can be masked."
+            )
+        if expert is None:  # a row of B, the same for all experts
+            found.append((b, 0, index, True, None))
+        elif projection.inward:  # B is [output, rank and expert]
+            columns = (each * lora.num_experts + expert[:, None]).flatten()
+            found.append((b, 1, columns, True, index.repeat_interleave(rank)))
+        else:  # A is [expert and rank, input]
+            found.append((a, 1, index.repeat_interleave(rank), True, (expert[:, None] * rank + each).flatten()))
+        shared.append(a if projection.inward else b)
+    return [t for t in found if t[0] is not None and t[0].requires_grad], [p for p in shared if p.requires_grad]
 
 
 def _found(model: nn.Module) -> str:

@@ -391,7 +391,7 @@ def test_an_anchor_pulls_by_the_gradient_of_its_term(kind: str) -> None:
         neurons = some(model, LAYERS - 1, int(states(model, [TEXTS[0]])[0]["mlp_mid", LAYERS - 1].std(0).argmax()))
     base = base_activations(opened(kind), [TEXTS[0]], neurons)
     chosen = neurons.layer(LAYERS - 1)
-    before = states(opened(kind), [TEXTS[0]])[0]["mlp_mid", LAYERS - 1][:, chosen]
+    before = states(opened(kind), [TEXTS[0]])[0]["mlp_mid", LAYERS - 1][:-1, chosen]  # the last token is not held
     assert torch.allclose(base.values, before, rtol=1e-9)
 
     def gradients(anchored: bool) -> list[Tensor]:
@@ -406,7 +406,7 @@ def test_an_anchor_pulls_by_the_gradient_of_its_term(kind: str) -> None:
             decode.training = True  # it alone, so that there is no dropout
             loss = hf(input_ids=ids, labels=ids).loss
             if not anchored:
-                change = (seen[0][0][:, chosen] - before) / before.std(0, correction=0)
+                change = (seen[0][0][:-1, chosen] - before) / before.std(0, correction=0)
                 loss = loss + 3.0 * change.square().mean()
             loss.backward()
         hf.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pnlac_fast.adapters import quiet
 from pnlac_fast.checkup import self_check
 from pnlac_fast.errors import UserError
+from pnlac_fast.inhibition import InhibitFT
 from pnlac_fast.loading import from_hf, load_model, load_tuned
-from pnlac_fast.masks import find_masks
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 
@@ -129,5 +130,55 @@ def test_adapters_on_experts_are_read_as_their_merged_weights(tmp_path: Path) ->
     assert torch.allclose(seen[0], seen[1], rtol=1e-6, atol=1e-9)
     assert torch.equal(seen[2], seen[3])
     assert not torch.allclose(seen[0], seen[2])
-    with pytest.raises(UserError, match="cannot mask adapters on experts"):
-        find_masks(peft, NeuronSet("s", "general", np.ones((2, EXPERTS * WIDTH), bool)))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("mode", ["freeze", "specific"])
+def test_a_lora_on_experts_leaves_still_neurons_as_they_are(kind: str, mode: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = mixture(kind, implementation="eager")
+    targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    with quiet():
+        peft: Any = get_peft_model(model.hf, LoraConfig(r=3, target_modules=["q_proj"], target_parameters=targets))
+    seen: list[torch.Tensor] = []
+    with torch.no_grad(), model.tapped("mlp_mid", lambda _, a: seen.append(a), [1]):
+        model.hf(input_ids=IDS)
+    expert, neuron = divmod(int(seen[0][0].abs().sum(0).argmax()), WIDTH)
+    member = np.zeros((2, EXPERTS * WIDTH), bool)
+    member[1, expert * WIDTH + neuron] = True
+    inhibit = InhibitFT(NeuronSet("s", "general", member), mode)
+    inhibit.prepare(peft)
+    optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=0.1)
+    args, state = SimpleNamespace(max_grad_norm=1.0), SimpleNamespace(global_step=0)
+    inhibit.on_train_begin(args, state, None, model=peft, optimizer=optimizer)
+    for _ in range(2):
+        optimizer.zero_grad()
+        peft(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    state.global_step = 2
+    inhibit.on_train_end(args, state, None)
+    outer: Any = model.blocks[1].get_submodule("mlp.experts")
+    wrappers = {w.parameter_name: w for w in (outer, outer.base_layer)}
+    experts = outer.base_layer.base_layer
+    own = {name: torch.zeros_like(getattr(experts, name), dtype=torch.bool) for name in wrappers}
+    rows = [2 * neuron, 2 * neuron + 1] if kind == "gpt_oss" else [neuron, WIDTH + neuron]
+    for name, at in (("gate_up_proj", rows), ("down_proj", [neuron])):
+        last = (name == "gate_up_proj") == experts.is_transposed  # whether the neurons are in the last dimension
+        own[name][(expert, slice(None), at) if last else (expert, at)] = True
+    for name, wrapper in wrappers.items():
+        moved = wrapper.get_delta_weight("default") != 0
+        still = own[name] if mode == "freeze" else ~own[name]
+        assert own[name].sum() == HIDDEN * (2 if name == "gate_up_proj" else 1)
+        assert not moved[still].any(), name
+        assert moved[expert][~still[expert]].all(), name
+
+
+def test_neurons_of_experts_are_not_slowed() -> None:
+    model = mixture("mixtral")
+    inhibit = InhibitFT(NeuronSet("s", "general", np.ones((2, EXPERTS * WIDTH), bool)), "freeze", 0.5)
+    inhibit.prepare(model.hf)
+    optimizer = torch.optim.AdamW(model.hf.parameters())
+    args, state = SimpleNamespace(max_grad_norm=0.0), SimpleNamespace(global_step=0)
+    with pytest.raises(UserError, match="frozen but not slowed"):
+        inhibit.on_train_begin(args, state, None, model=model.hf, optimizer=optimizer)
