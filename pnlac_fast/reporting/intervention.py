@@ -7,8 +7,11 @@ from collections.abc import Sequence
 
 from pnlac_fast.reporting import effects, style, tables, wording
 from pnlac_fast.reporting.contents import Contents
+from pnlac_fast.reporting.curve import curve
 from pnlac_fast.reporting.rows import MethodRow, PatchRow, PathPoint
 from pnlac_fast.reporting.sections import Section, Shown, Table, absent, unit_of
+
+CURVE_COMMAND = "pnlac-fast patch --shares 1%,3%,10% --store"
 
 
 def patching(contents: Contents, boots: int, seed: int) -> Section:
@@ -33,7 +36,14 @@ def patching(contents: Contents, boots: int, seed: int) -> Section:
         + ".",
         lambda width: effects.draw_patching(main, width),
     )
-    return Section(key, title, sentences, [figure], [_patch_table(rows)])
+    figures, shown, lacking = [figure], [_patch_table(rows)], []
+    points = contents.results.get("patching_curve")
+    if points is not None and (along := tables.patch_rows(points, boots, seed)):
+        told, line, every = curve(along)
+        sentences, figures, shown = [*sentences, *told], [*figures, line], [*shown, every]
+    else:
+        lacking.append(("recovered fraction against the number of neurons", CURVE_COMMAND))
+    return Section(key, title, sentences, figures, shown, lacking)
 
 
 def _patch_table(rows: Sequence[PatchRow]) -> Table:
@@ -41,9 +51,13 @@ def _patch_table(rows: Sequence[PatchRow]) -> Table:
     cells = []
     for r in rows:
         where = effects.DIRECTIONS.get(r.direction, r.direction)
-        values = [wording.percentage(r.on_topic), wording.percentage(r.off_topic)]
+        parts = ((r.on_topic, r.on_topic_draws), (r.off_topic, r.off_topic_draws))
+        values = [wording.draws_range(drawn) if drawn else wording.percentage(value) for value, drawn in parts]
         cells.append([style.pretty(r.neurons), where, r.kind, style.percent(r.share), *values, str(r.draws)])
-    caption = "Recovered fraction of the fine-tuning shift, pooled over tuned topics. Random rows average their draws."
+    caption = (
+        "Recovered fraction of the fine-tuning shift, pooled over tuned topics. Of random neurons, mean, least and "
+        "most of their draws."
+    )
     return Table("patching", caption, header, cells, rows, words=3)
 
 
@@ -60,6 +74,7 @@ def methods(contents: Contents, boots: int, seed: int) -> Section:
     sentences = wording.method_sentences(rows)
     goal = style.percent(tables.EQUAL_SHIFT)
     best = _best(rows)
+    sentences = [best, *sentences] if len(sentences) > 1 else sentences
     bars = Shown(
         "methods",
         f"{best} After equally many steps, and where each run first reaches {goal} of plain tuning\u2019s "

@@ -1,16 +1,15 @@
-"""Sections on what was observed: the shift, where the neurons are, how far topics agree, whether scorers agree."""
+"""Sections on what was observed: the shift, where the neurons are, how far topics and tuned models agree on them."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from pnlac_fast.reporting import effects, heatmaps, neurons, style, tables, wording
+from pnlac_fast.reporting import heatmaps, neurons, style, tables, wording
 from pnlac_fast.reporting import layers as layer_figures
 from pnlac_fast.reporting.contents import Contents
-from pnlac_fast.reporting.rows import CouplingRow, ScoreRow, ShiftCell
+from pnlac_fast.reporting.rows import CouplingRow, ShiftCell
 from pnlac_fast.reporting.sections import Section, Shown, Table, absent, unit_of
 
 
@@ -85,7 +84,7 @@ def layers(contents: Contents) -> Section:
     if contents.sets is None and contents.contrast is None:
         return absent(key, title, "pnlac-fast cache, then pnlac-fast locate")
     rows = neurons.layer_rows(contents.sets, contents.contrast)
-    figures, notes, sentences, shown_tables = [], [], [], []
+    figures, lacking, sentences, shown_tables = [], [], [], []
     if contents.sets is not None:
         general = neurons.general_rows(contents.sets)
         strict = neurons.how_found(contents.sets).get("specific", "strict") == "strict"
@@ -106,7 +105,7 @@ def layers(contents: Contents) -> Section:
             )
         )
     else:
-        notes.append("General and specific neurons are not located yet: pnlac-fast locate adds them.")
+        lacking.append(("general and specific neurons by layer", "pnlac-fast locate"))
     if contents.contrast is not None:
         raw, relative = (max(rows, key=lambda r: getattr(r, f"{n}_median")).layer for n in ("rms", "std_rms"))
         agree = f"also in layer {relative}" if raw == relative else f"in layer {relative} instead"
@@ -121,7 +120,7 @@ def layers(contents: Contents) -> Section:
             )
         )
     else:
-        notes.append("The store holds no activation statistics: pnlac-fast cache adds the score by layer.")
+        lacking.append(("the score by layer", "pnlac-fast cache"))
     header = ["Layer", "General", "Specific", "rms, median", "95th pct.", "rms / std, median", "95th pct."]
     cells = [
         [str(r.layer), style.percent(r.general), style.percent(r.specific)]
@@ -129,7 +128,7 @@ def layers(contents: Contents) -> Section:
         for r in rows
     ]
     shown_tables.append(Table("neurons_by_layer", "Every layer", header, cells, rows, folded=True))
-    return Section(key, title, sentences, figures, shown_tables, notes)
+    return Section(key, title, sentences, figures, shown_tables, lacking)
 
 
 def overlap(contents: Contents) -> Section:
@@ -170,33 +169,3 @@ def overlap(contents: Contents) -> Section:
         folded=True,
     )
     return Section(key, title, [finding], [figure], [Table("general", caption, header, shown, general), extra])
-
-
-def scorers(contents: Contents, boots: int, seed: int) -> Section:
-    """Stance by paired log-probability and by the classifier."""
-    key, title = "scorers", "Whether the scorers agree"
-    if "stance_classifier" not in contents.results:
-        return absent(key, title, "pnlac-fast score --scorer classifier")
-    rows = tables.score_rows(contents.results, boots, seed)
-    accuracy = float(contents.results["stance_classifier"].attrs.get("accuracy", math.nan))
-    sentence = wording.scorer_sentence(rows, accuracy)
-    figure = Shown(
-        "scorers",
-        "Stance S = (R \u2212 L) / (R + L + N) by each scorer, before and after tuning, with 95 % intervals. "
-        + sentence,
-        "Stance by topic and scorer. " + "; ".join(_score_text(r) for r in rows) + ".",
-        lambda width: effects.draw_scorers(rows, width),
-    )
-    header = ["Topic", "Scorer", "Model", "Stance S", "Without a side"]
-    names = {"base": "base", "this topic": "tuned on it", "another topic": "tuned on another"}
-    cells = [
-        [style.pretty(r.topic), r.scorer, names[r.after], wording.estimate(r.stance), style.percent(r.unlabelled)]
-        for r in rows
-    ]
-    return Section(
-        key, title, [sentence], [figure], [Table("scorers", "Every value", header, cells, rows, words=3, folded=True)]
-    )
-
-
-def _score_text(row: ScoreRow) -> str:
-    return f"{style.pretty(row.topic)}, {row.scorer}, {row.after}: {wording.number(row.stance.value)}"

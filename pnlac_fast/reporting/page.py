@@ -14,8 +14,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import pnlac_fast
 from pnlac_fast.reporting import intervention, observation, style, wording
 from pnlac_fast.reporting.contents import Contents, read_contents
+from pnlac_fast.reporting.judges import scorers
 from pnlac_fast.reporting.rows import to_csv
-from pnlac_fast.reporting.sections import Section
+from pnlac_fast.reporting.sections import Section, Shown
+from pnlac_fast.reporting.stability import stability
+from pnlac_fast.reporting.utility import utility
 from pnlac_fast.store import write_result
 
 PAPERS = (
@@ -23,7 +26,8 @@ PAPERS = (
     ("How Susceptible are Large Language Models to Ideological Manipulation?", "2402.11725"),
 )
 
-
+FINDINGS = ("shift", "layers", "patching", "methods", "utility")  # sections with sentences at the head of the page
+HEAD = 6  # of each; a sweep has one for every method
 ARROW = " \u203a "
 
 
@@ -41,8 +45,8 @@ def report(
     Parameters
     ----------
     store
-        A store with any of ``/contrast``, ``/neuron_sets`` and ``/results``; parts that are missing are named on the
-        page with the command that adds them.
+        A store with any of ``/contrast``, ``/neuron_sets`` and ``/results``; parts that are missing are left out, and
+        named at the end of the page with the command that adds them.
     out
         Folder for ``index.html``, ``tables/`` and ``figures/`` (and ``figures/narrow/``, for telephones); made where
         needed. Files of an earlier report with the same names are replaced.
@@ -80,13 +84,14 @@ def write_report(
     for name in ("tables", "figures/narrow"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     sections = build(contents, boots, seed)
+    shown = [section for section in sections if section.shown]
     pictures = {}
     with style.drawing_style():
-        for shown in (figure for section in sections for figure in section.figures):
-            picture = style.Picture(*(style.png(shown.draw(width)) for width in (style.WIDE, style.NARROW)))
-            (folder / "figures" / f"{shown.name}.png").write_bytes(picture.wide)
-            (folder / "figures" / "narrow" / f"{shown.name}.png").write_bytes(picture.narrow)
-            pictures[shown.name] = picture
+        for figure in (figure for section in shown for figure in section.figures):
+            picture = style.Picture(*(style.png(figure.draw(width)) for width in (style.WIDE, style.NARROW)))
+            (folder / "figures" / f"{figure.name}.png").write_bytes(picture.wide)
+            (folder / "figures" / "narrow" / f"{figure.name}.png").write_bytes(picture.narrow)
+            pictures[figure.name] = picture
     for table in (t for section in sections for t in section.tables):
         (folder / "tables" / f"{table.name}.csv").write_text(to_csv(table.rows))
     environment = Environment(
@@ -99,8 +104,10 @@ def write_report(
     page = environment.get_template("page.html.j2").render(
         title=title or f"Cross-topic stance report: {contents.name}",
         name=contents.name,
-        summary=summary(sections),
-        sections=[numbered(section, i) for i, section in enumerate(sections, 1)],
+        summary=summary(shown),
+        said=said,
+        sections=[numbered(section, i) for i, section in enumerate(shown, 1)],
+        lacking=[row for section in sections for row in section.lacking],
         images={name: (inline(p.wide), inline(p.narrow), *size(p.wide)) for name, p in pictures.items()},
         origin=origin_rows(contents),
         synthetic=is_synthetic(contents),
@@ -120,16 +127,23 @@ def build(contents: Contents, boots: int, seed: int) -> list[Section]:
         observation.shift(contents, boots, seed),
         observation.layers(contents),
         observation.overlap(contents),
+        stability(contents, boots, seed),
         intervention.patching(contents, boots, seed),
         intervention.methods(contents, boots, seed),
-        observation.scorers(contents, boots, seed),
+        utility(contents, boots, seed),
+        scorers(contents, boots, seed),
     ]
 
 
 def summary(sections: Sequence[Section]) -> list[str]:
-    """The plain-words findings, one list for the head of the page."""
-    chosen = {section.key: section.sentences for section in sections}
-    return [sentence for key in ("shift", "layers", "patching", "methods") for sentence in chosen.get(key, [])]
+    """The plain-words findings, one list for the head of the page: of each section the first ones."""
+    chosen = {section.key: section.sentences[:HEAD] for section in sections}
+    return [sentence for key in FINDINGS for sentence in chosen.get(key, [])]
+
+
+def said(sentence: str, figures: Sequence[Shown]) -> bool:
+    """Whether the caption of a figure says it already."""
+    return any(sentence in figure.caption for figure in figures)
 
 
 def numbered(section: Section, number: int) -> Section:

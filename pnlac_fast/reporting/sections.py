@@ -36,20 +36,24 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """One section; `missing` is the line that says which command adds it where the data are absent."""
+    """One section; `lacking` says what it would show of a fuller store, and the command that adds it."""
 
     key: str
     title: str
     sentences: list[str] = field(default_factory=list)
     figures: list[Shown] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    missing: str = ""
+    lacking: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def shown(self) -> bool:
+        """Whether there is anything to show."""
+        return bool(self.figures or self.tables)
 
 
 def absent(key: str, title: str, command: str) -> Section:
     """A section whose data are not in the store, and the command that adds them."""
-    return Section(key, title, missing=command)
+    return Section(key, title, lacking=[(title, command)])
 
 
 def unit_of(dataset: Any) -> str:

@@ -266,13 +266,18 @@ def _method_row(
     )
 
 
+def scorer_name(scorer: str) -> str:
+    """A scorer as a reader would call it."""
+    return "log-probability" if scorer == "logprob" else scorer
+
+
 def score_rows(results: Mapping[str, xr.Dataset], boots: int, seed: int) -> list[ScoreRow]:
     """Stance S = (R - L) / (R + L + N) per probe topic and scorer: base, tuned on it, tuned on another topic."""
     rows = []
-    for name, scorer in (("stance", "paired log-probability"), ("stance_classifier", "classifier of answers")):
-        if name not in results:
+    for name, dataset in results.items():
+        if name != "stance" and not name.startswith("stance_"):
             continue
-        dataset = results[name]
+        scorer = scorer_name(str(dataset.attrs.get("scorer", "logprob" if name == "stance" else name[7:])))
         draws, order = _stances(dataset, boots, seed, measure="S")
         values = _values(dataset)
         base, tuned, methods = _base_run(dataset), texts(dataset, "tuned_topic"), texts(dataset, "method")

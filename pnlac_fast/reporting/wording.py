@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from pnlac_fast.reporting import style
-from pnlac_fast.reporting.rows import CouplingRow, Estimate, GeneralRow, MethodRow, PatchRow, ScoreRow, ShiftCell
+from pnlac_fast.reporting.rows import CouplingRow, Estimate, GeneralRow, MethodRow, PatchRow, ShiftCell
 
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 FLAT = 0.10  # an interval that holds zero and stays within ±10 % is called no clear change, a wider one undecided
@@ -189,17 +189,3 @@ def deed(method: str, share: float) -> str:
     if name == "kl":
         return "Holding the answers on other topics close to base (KL)"
     return f"The method \u201c{style.method_label(method)}\u201d{of_all}"
-
-
-def scorer_sentence(rows: Sequence[ScoreRow], accuracy: float) -> str:
-    """Unlabelled share and accuracy of the classifier."""
-    labelled = [r for r in rows if r.scorer.startswith("classifier")]
-    if not labelled:
-        return ""
-    missing = sum(r.unlabelled for r in labelled) / len(labelled)
-    text = f"The classifier left {style.percent(missing)} of the answers without a side; they count in S as neither."
-    if math.isfinite(accuracy):
-        text += (
-            f" On labelled completions it is right in {100 * accuracy:.1f}\u00a0% (five folds, grouped by question)."
-        )
-    return text

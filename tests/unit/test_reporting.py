@@ -4,241 +4,36 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
+from made_up_results import (
+    TOPICS,
+    agreement_result,
+    capture,
+    classifier_result,
+    curve_result,
+    evidence_result,
+    patching_result,
+    sets_and_contrast,
+    stance_result,
+    training_result,
+    utility_result,
+)
 
 from pnlac_fast import store as stores
 from pnlac_fast.errors import UserError
 from pnlac_fast.reporting import report, style, tables, wording, write_report
 from pnlac_fast.reporting.contents import Contents
+from pnlac_fast.reporting.curve import curve_sentences
+from pnlac_fast.reporting.judges import agreement, agreement_sentences, judge_rows, leak_rows, leak_sentences
+from pnlac_fast.reporting.page import build
 from pnlac_fast.reporting.rows import Estimate
-
-TOPICS = (
-    "crime_and_gun",
-    "economy_and_inequality",
-    "gender_and_sexuality",
-    "immigration",
-    "race_and_racism",
-    "science",
-)
-# Speed on topic, coupling relative to plain at equal shift, steps, share of neurons, draws of the random control.
-METHODS = {
-    "plain": (1.0, 1.0, 30, 1.0, 0),
-    "freeze_1": (0.99, 0.99, 30, 0.01, 3),
-    "freeze_5": (0.97, 1.01, 30, 0.05, 3),
-    "freeze_30": (0.92, 1.06, 30, 0.30, 3),
-    "specific_5": (0.93, 0.14, 80, 0.014, 3),
-    "specific_10": (0.98, 0.12, 80, 0.028, 3),
-}
-
-
-def words(values: list[str]) -> np.ndarray:
-    return np.array(values, dtype=object)
-
-
-def questions(topics: tuple[str, ...], each: int) -> dict[str, Any]:
-    names = [t for t in topics for _ in range(each)]
-    return {"topic": ("question", words(names)), "key": ("question", words([f"{i:016x}" for i in range(len(names))]))}
-
-
-def effect(topics: tuple[str, ...], tuned: str, on: float, off: float, each: int) -> np.ndarray:
-    """Shift [question]: `on` for the tuned topic, `off` for the others, less for those further down the list."""
-    spread = 0.7 + 0.6 * np.arange(len(topics)) / max(len(topics) - 1, 1)
-    return np.repeat([on if t == tuned else off * s for t, s in zip(topics, spread, strict=True)], each)
-
-
-def stance_result(topics: tuple[str, ...] = TOPICS, each: int = 12, on: float = 3.5, off: float = 1.0) -> xr.Dataset:
-    rng = np.random.default_rng(1)
-    base = rng.normal(0, 0.8, len(topics) * each)
-    tuned = [base + effect(topics, t, on, off, each) + rng.normal(0, 0.7, base.size) for t in topics]
-    coords = {
-        "model": ("run", words(["base", *topics])),
-        "tuned_topic": ("run", words(["", *topics])),
-        "method": ("run", words(["", *["plain"] * len(topics)])),
-    }
-    return xr.Dataset(
-        {"margin": (("run", "question"), np.stack([base, *tuned]))},
-        coords=coords | questions(topics, each),
-        attrs={"normalise": "sum", "scorer": "logprob"},
-    )
-
-
-def classifier_result(topics: tuple[str, ...] = TOPICS, each: int = 12) -> xr.Dataset:
-    rng = np.random.default_rng(2)
-    stance = stance_result(topics, each)
-    margin = stance["margin"].values + rng.normal(0, 1.0, stance["margin"].shape)
-    label = np.where(rng.random(margin.shape) < 0.06, 0, np.sign(margin)).astype("i1")
-    return xr.Dataset({"label": (("run", "question"), label)}, coords=stance.coords, attrs={"accuracy": 0.968})
-
-
-def patching_result(topics: tuple[str, ...] = TOPICS, each: int = 12, directions: int = 2) -> xr.Dataset:
-    rng = np.random.default_rng(3)
-    base = rng.normal(0, 0.8, len(topics) * each)
-    runs: dict[str, list[Any]] = {
-        k: [] for k in ("tuned_topic", "neurons", "direction", "kind", "draw", "count", "share")
-    }
-    margins = []
-    chosen = [("general", -1, 0.39, 0.54, 0.05), ("specific", -1, 0.05, 0.01, 0.028), ("top", -1, 0.46, 0.58, 0.05)]
-    for topic in topics:
-        shift = effect(topics, topic, 3.5, 1.0, each)
-        own = effect(topics, topic, 1.0, 0.0, each)
-        for direction in ("tuned_into_base", "base_into_tuned")[:directions]:
-            start, sign = (base, 1) if direction == "tuned_into_base" else (base + shift, -1)
-            random = [("random", d, 0.04 + rng.normal(0, 0.02), 0.05 + rng.normal(0, 0.02), 0.05) for d in range(5)]
-            for name, draw, on, off, share in [("none", -1, 0, 0, 0), ("tuned", -1, 1, 1, 0), *chosen, *random]:
-                moved = shift * np.where(own > 0, on, off)
-                noise = rng.normal(0, 0.15, base.size) if share else 0
-                margins.append(start + sign * moved + noise)
-                kind = "tuned" if share else ""
-                values = (topic, name, direction, kind, draw, round(1536 * share), share)
-                for key, value in zip(runs, values, strict=True):
-                    runs[key].append(value)
-    coords = {k: ("run", words(v) if isinstance(v[0], str) else np.array(v)) for k, v in runs.items()}
-    return xr.Dataset(
-        {"margin": (("run", "question"), np.stack(margins))},
-        coords=coords | questions(topics, each),
-        attrs={"normalise": "sum"},
-    )
-
-
-def training_result(
-    topics: tuple[str, ...] = TOPICS, each: int = 12, methods: dict[str, Any] = METHODS, noise: float = 0.35
-) -> xr.Dataset:
-    rng = np.random.default_rng(4)
-    base = rng.normal(0, 0.8, len(topics) * each)
-    names = ("method", "tuned_topic", "draw", "count", "share", "learning_rate", "seed")
-    runs: dict[str, list[Any]] = {k: [] for k in names}
-    margins, steps = [], []
-    for method, (speed, coupled, last, share, draws) in methods.items():
-        family, _, number = method.partition("_")
-        variants = [(method, -1, coupled)]
-        for d in range(draws):
-            other = coupled if family == "freeze" else 0.3 + 0.08 * rng.normal()
-            variants.append((f"{family}_random_{number}", d, other))
-        for topic in topics:
-            for name, draw, relative in variants:
-                at = np.linspace(0, last, 11).round().astype(int)
-                curve = (1 - np.exp(-2.2 * at / last)) / (1 - np.exp(-2.2)) * speed
-                full = effect(topics, topic, 3.5, relative, each)
-                own = base + curve[:, None] * full + (curve[:, None] * rng.normal(0, noise, base.size))
-                margins.append(own)
-                steps.append(at)
-                values = (name, topic, draw, round(1536 * share), share, 3e-4, 0)
-                for key, value in zip(names, values, strict=True):
-                    runs[key].append(value)
-    coords = {k: ("run", words(v) if isinstance(v[0], str) else np.array(v)) for k, v in runs.items()}
-    coords["step"] = (("run", "point"), np.array(steps, dtype="i8"))
-    return xr.Dataset(
-        {"margin": (("run", "point", "question"), np.stack(margins))},
-        coords=coords | questions(topics, each),
-        attrs={"normalise": "sum"},
-    )
-
-
-def sets_and_contrast(
-    topics: tuple[str, ...] = TOPICS, layers: int = 4, width: int = 384, top: float = 0.1
-) -> tuple[xr.Dataset, xr.Dataset]:
-    """Sets located by hand in a made-up contrast whose scale grows with depth."""
-    rng = np.random.default_rng(5)
-    shape = (len(topics), len(topics), 1, 1, layers, width)
-    common = rng.gamma(0.6, 1, (len(topics), 1, 1, 1, layers, width))
-    scale = (0.05 * 2.0 ** np.arange(layers))[:, None]
-    rms = ((common + 0.5 * rng.gamma(0.8, 1, shape)) * scale).astype("f4")
-    std = np.broadcast_to(scale * 2 * rng.uniform(0.5, 1.5, (layers, width)), shape[1:]).astype("f4")
-    dims = ("model", "topic", "site", "tokens", "layer", "neuron")
-    names = {"model": words(list(topics)), "topic": words(list(topics)), "site": words(["mlp_mid"])}
-    contrast = xr.Dataset(
-        {
-            "n": (("topic", "tokens"), np.full((len(topics), 1), 24)),
-            "rms": (dims, rms),
-            "std_base": (dims[1:], std),
-        },
-        coords=names | {"tokens": words(["last"]), "width": ("site", np.array([width]))},
-    )
-    rows: list[tuple[str, str, str, np.ndarray]] = []
-    for i, model in enumerate(topics):
-        value = rms[i, :, 0, 0] / (1 if layers < 3 else scale)
-        tops = np.stack([v >= np.quantile(v, 1 - top) for v in value])
-        rows.append((model, "general", "", tops.all(0)))
-        for j, topic in enumerate(topics):
-            rows.append((model, "specific", topic, tops[j] & (tops.sum(0) == 1)))
-            rows.append((model, "top", topic, tops[j]))
-    labels = {
-        "neuron_set": words([f"{m}/{k}/{t}".strip("/") for m, k, t, _ in rows]),
-        "model": ("neuron_set", words([r[0] for r in rows])),
-        "kind": ("neuron_set", words([r[1] for r in rows])),
-        "topic": ("neuron_set", words([r[2] for r in rows])),
-        "site": ("neuron_set", words(["mlp_mid"] * len(rows))),
-    }
-    found = json.dumps({"score": "rms", "top": top, "tokens": "last", "specific": "strict"})
-    member = np.stack([r[3] for r in rows])
-    return xr.Dataset(
-        {"member": (("neuron_set", "layer", "neuron"), member)}, coords=labels, attrs={"found": found}
-    ), contrast
-
-
-def everything(topics: tuple[str, ...] = TOPICS, each: int = 12) -> Contents:
-    sets, contrast = sets_and_contrast(topics)
-    return Contents(
-        name="demo.zarr",
-        info={
-            "format_version": "1.0",
-            "models": list(topics),
-            "topics": list(topics),
-            "bytes": 2_345_678,
-            "provenance": {"base": {"name": "testbed-full"}, "seed": 0, "created": "2026-01-01T00:00:00+00:00"},
-        },
-        contrast=contrast,
-        sets=sets,
-        results={
-            "stance": stance_result(topics, each),
-            "stance_classifier": classifier_result(topics, each),
-            "patching": patching_result(topics, each),
-            "training": training_result(topics, each),
-        },
-    )
-
-
-def capture(path: Path, topics: tuple[str, ...] = TOPICS, layers: int = 3, width: int = 40) -> None:
-    """A finished store with statistics of made-up activations."""
-    rng = np.random.default_rng(6)
-    units = tuple(stores.Unit(t, 0, 4, 0) for t in topics)
-    widths = {"mlp_mid": width}
-    layout = stores.Layout(topics, topics, ("mlp_mid",), ("last",), layers, widths, units, stores.NO_RAW, {})
-    names = [t for t in topics for _ in range(4)]
-    keys = [f"{i:016x}" for i in range(len(names))]
-    examples = {"topic": names, "instruction": [f"Question {i}?" for i in range(len(names))], "key": keys}
-    with stores.open_writer(path, layout, provenance={"model": "tiny"}, examples=examples) as writer:
-        for unit in writer.pending:
-            a = rng.normal(size=(1, 4, layers, width))
-            d = rng.normal(size=(len(topics), 1, 4, layers, width)) * (1 + np.arange(layers))[:, None]
-            base = np.stack([a.sum(1), (a**2).sum(1)], axis=1)
-            tuned = np.stack([(a + d).sum(2), ((a + d) ** 2).sum(2), (d**2).sum(2)], axis=2)
-            writer.commit(unit, np.array([4]), {"mlp_mid": base}, {"mlp_mid": tuned})
-        writer.finish()
-
-
-@pytest.fixture(scope="module")
-def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A store with everything in it, and its report."""
-    folder = tmp_path_factory.mktemp("report")
-    store, few = folder / "all.zarr", TOPICS[:3]
-    capture(store, few)
-    stores.write_sets(store, sets_and_contrast(few, layers=3, width=40)[0])
-    some = {name: METHODS[name] for name in ("plain", "freeze_5", "specific_10")}
-    stores.write_result(store, "stance", stance_result(few, 6))
-    stores.write_result(store, "stance_classifier", classifier_result(few, 6))
-    stores.write_result(store, "patching", patching_result(few, 6))
-    stores.write_result(store, "training", training_result(few, 6, some))
-    page = report(store, folder / "out", title="A title", boots=100)
-    assert page == folder / "out" / "index.html"
-    return store, page
+from pnlac_fast.reporting.stability import stability_rows, stability_sentences
+from pnlac_fast.reporting.utility import utility_rows, utility_sentences
 
 
 def read_csv(page: Path, name: str) -> list[dict[str, str]]:
@@ -249,6 +44,7 @@ def read_csv(page: Path, name: str) -> list[dict[str, str]]:
 def test_all_files_are_written_and_figures_are_large_enough(full: tuple[Path, Path]) -> None:
     folder = full[1].parent
     names = {"shift", "neurons_by_layer", "score_by_layer", "overlap", "patching", "methods", "trajectories", "scorers"}
+    names |= {"stability", "patching_curve", "utility", "agreement", "content_leak"}
     for width, place in ((style.WIDE, folder / "figures"), (style.NARROW, folder / "figures" / "narrow")):
         assert {p.stem for p in place.glob("*.png")} == names
         for path in place.glob("*.png"):
@@ -266,23 +62,30 @@ def test_all_files_are_written_and_figures_are_large_enough(full: tuple[Path, Pa
         "patching",
         "methods",
         "trajectories",
+        "scorers",
+        "judges",
+        "agreement",
+        "content_leak",
+        "stability",
+        "patching_curve",
+        "utility",
     }
-    assert {p.stem for p in (folder / "tables").glob("*.csv")} == tables_expected | {"scorers"}
+    assert {p.stem for p in (folder / "tables").glob("*.csv")} == tables_expected
 
 
 def test_page_loads_nothing_and_every_image_has_a_description(full: tuple[Path, Path]) -> None:
     html = full[1].read_text(encoding="utf-8")
     loads = re.findall(r'(?:src|srcset)="([^"]*)"', html)
-    assert len(loads) == 16
+    assert len(loads) == 26
     assert all(address.startswith("data:image/png;base64,") for address in loads)
     links = [a for a in re.findall(r'href="([^"]*)"', html) if not a.startswith("#")]
     assert links == ["https://arxiv.org/abs/2508.02360", "https://arxiv.org/abs/2402.11725"]
     assert html.count("http") == len(links)
     assert not re.search(r"<script|<link|@import|url\(", html)
     assert all(len(alt) > 40 for alt in re.findall(r'<img [^>]*alt="([^"]*)"', html))
-    assert html.count("<img ") == html.count("<figcaption>") == 8
+    assert html.count("<img ") == html.count("<figcaption>") == 13
     assert "<h1>A title</h1>" in html
-    assert "Not in this store" not in html
+    assert "What this store lacks" not in html
 
 
 def test_shift_and_coupling_tables_equal_a_plain_computation(full: tuple[Path, Path]) -> None:
@@ -377,41 +180,42 @@ def test_a_method_that_never_reaches_the_shift_has_no_value_there() -> None:
     assert "never reached the on-topic shift" in wording.method_sentences(rows)[0]
 
 
-SECTIONS = {
-    "stance": ("shift", "pnlac-fast score"),
-    "stance_classifier": ("scorers", "pnlac-fast score --scorer classifier"),
-    "patching": ("patching", "pnlac-fast patch"),
-    "training": ("methods", "pnlac-fast report --run"),
-}
+RESULTS = {  # what makes each, the section that shows it, the command that adds it, and its figures
+    "stance": (stance_result, "shift", "pnlac-fast score", ["shift"]),
+    "stance_classifier": (
+        classifier_result, "scorers", "pnlac-fast score --scorer logprob --scorer classifier",
+        ["scorers", "content_leak"],
+    ),
+    "evidence": (evidence_result, "stability", "pnlac-fast locate --evidence", ["stability"]),
+    "patching": (patching_result, "patching", "pnlac-fast patch", ["patching"]),
+    "training": (training_result, "methods", "pnlac-fast report --run", ["methods", "trajectories"]),
+    "utility": (utility_result, "utility", "pnlac-fast utility --store", ["utility"]),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("present", SECTIONS)
-def test_a_section_without_data_names_the_command_that_adds_it(present: str, tmp_path: Path) -> None:
-    make = {
-        "stance": stance_result,
-        "stance_classifier": classifier_result,
-        "patching": patching_result,
-        "training": training_result,
-    }
+@pytest.mark.parametrize("present", RESULTS)
+def test_what_a_store_lacks_is_left_out_and_its_command_named(present: str, tmp_path: Path) -> None:
+    make, key, _, figures = RESULTS[present]
     stores.create_results(tmp_path / "r.zarr")
-    stores.write_result(tmp_path / "r.zarr", present, make[present](TOPICS[:3], 4))
+    stores.write_result(tmp_path / "r.zarr", present, make(TOPICS[:3]))
     page = report(tmp_path / "r.zarr", tmp_path / "out", boots=20)
-    parts = re.split(r'<h2 id="', page.read_text(encoding="utf-8"))
-    found = {part.split('"')[0]: part for part in parts[1:]}
-    assert list(found) == ["shift", "layers", "overlap", "patching", "methods", "scorers", "origin"]
-    for name, (key, command) in SECTIONS.items():
-        assert ("<figure" in found[key]) == (name == present)
-        assert ("Not in this store" in found[key]) == (name != present)
-        assert (f"<code>{command}" in found[key]) == (name != present)
-    assert "pnlac-fast locate" in found["overlap"]
-    assert "pnlac-fast cache" in found["layers"]
+    html = page.read_text(encoding="utf-8")
+    assert re.findall(r'<h2 id="([^"]*)"', html) == [key, "origin", "lacking"]
+    assert {p.stem for p in (tmp_path / "out" / "figures").glob("*.png")} == set(figures)
+    lacking = html[html.index('<h2 id="lacking"') :]
+    whole = {section.key: section.lacking for section in build(Contents("", {}), 20, 0)}
+    for name, (_, key, command, _) in RESULTS.items():
+        ((what, told),) = whole[key]
+        assert told == command
+        assert (f"<td>{what}</td><td><code>{command}</code></td>" in lacking) == (name != present)
+    assert "pnlac-fast cache, then pnlac-fast locate" in lacking
 
 
 def test_statistics_without_neuron_sets_show_the_score_and_name_locate(tmp_path: Path) -> None:
     capture(tmp_path / "c.zarr", TOPICS[:2])
     page = report(tmp_path / "c.zarr", tmp_path / "out", boots=20)
     assert [p.stem for p in (tmp_path / "out" / "figures").glob("*.png")] == ["score_by_layer"]
-    assert "pnlac-fast locate adds them" in page.read_text(encoding="utf-8")
+    assert "<td>general and specific neurons by layer</td>" in page.read_text(encoding="utf-8")
 
 
 def test_an_empty_store_is_refused(tmp_path: Path) -> None:
@@ -429,10 +233,13 @@ def test_hostile_names_are_text_on_the_page_and_in_the_figures(tmp_path: Path) -
     assert "&lt;script&gt;" in html
 
 
-def test_the_same_store_and_seed_give_the_same_bytes(full: tuple[Path, Path], tmp_path: Path) -> None:
-    again = report(full[0], tmp_path, title="A title", boots=100)
-    assert again.read_bytes() == full[1].read_bytes()
-    assert (tmp_path / "figures" / "shift.png").read_bytes() == (full[1].parent / "figures" / "shift.png").read_bytes()
+def test_the_same_store_and_seed_give_the_same_bytes(tmp_path: Path) -> None:
+    stores.create_results(tmp_path / "r.zarr")
+    stores.write_result(tmp_path / "r.zarr", "stance", stance_result(TOPICS[:3], 6))
+    stores.write_result(tmp_path / "r.zarr", "utility", utility_result(TOPICS[:3]))
+    one, two = (report(tmp_path / "r.zarr", tmp_path / name, boots=100) for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert (one.parent / "figures/shift.png").read_bytes() == (two.parent / "figures/shift.png").read_bytes()
 
 
 def test_one_topic_alone_is_reported_without_coupling(tmp_path: Path) -> None:
@@ -474,6 +281,54 @@ def test_a_reduction_within_the_random_draws_is_not_called_better() -> None:
     sentence = wording.method_sentences(rows)[0]
     assert "reduced coupling by" in sentence
     assert "not shown to beat them" in sentence
+
+
+def test_the_curve_tells_how_few_neurons_recover_half() -> None:
+    rows = tables.patch_rows(curve_result(), 100, 0)
+    assert [round(r.off_topic.value, 1) for r in rows if r.neurons == "general"] == [0.2, 0.6, 0.9]
+    assert curve_sentences(rows)[0].startswith("5\u00a0% of all neurons, the most general ones, recover more than half")
+    few = [r for r in tables.patch_rows(curve_result(), 100, 0) if r.share < 0.04]
+    assert "the most is 20\u00a0% [" in curve_sentences([*few, *few])[0]
+
+
+def test_stability_counts_the_models_that_differ_from_chance() -> None:
+    topics, general, specific, tested, floor, seeds = (  # in the order in which sets are made, from halves to seeds
+        stability_sentences(stability_rows(evidence_result()))[i] for i in (0, 2, 1, 3, 4, 5)
+    )
+    assert "overlap by 0.80, those of two topics by 0.30" in topics
+    assert "in all of 6 tuned models" in topics
+    assert "4\u00a0% of all neurons are specific" in specific
+    assert "fewer in all of 6" in specific
+    assert "6\u00a0% are general" in general
+    assert "as large as that in all of 6" in general
+    assert "90\u00a0% of the top neurons changed" in tested
+    assert re.search(r"is (49|50)\.\d times what rounding", floor)
+    assert "with other seeds overlap by 0.40, random ones by 0.05" in seeds
+
+
+def test_utility_tells_what_became_worse_than_base() -> None:
+    read, answered = utility_sentences(utility_rows(utility_result(), 200, 0))
+    assert read.startswith("6 of 6 tuned models read neutral text worse than base")
+    assert answered.startswith("6 of 6 answer at another length")
+    assert "and 1 refuse more often" in answered
+
+
+def test_judges_are_told_by_errors_agreement_and_leaks() -> None:
+    judged = {"stance_classifier": classifier_result(each=80)}
+    (row,) = judge_rows(judged, 200, 0)
+    assert row.error.value == pytest.approx(0.04, abs=0.02)
+    assert (row.unparsed, row.accuracy) == (0, 0.968)
+    leaks = leak_rows(judged, 200, 0)
+    assert [r.tuned_topic for r in leaks] == list(TOPICS)
+    for leak in leaks:
+        assert leak.names.value == pytest.approx(0.33, abs=0.08)
+        assert leak.base_names.value == 0
+        assert leak.shift_without.value == pytest.approx(leak.shift.value, abs=0.2)
+    assert "moved in 6 of 6 tuned models, and in 6 without" in leak_sentences(leaks)[0]
+    pairs = agreement({"agreement": agreement_result()})
+    assert (pairs[0].scorer, pairs[0].other) == ("logprob", "classifier")
+    assert 0.3 < pairs[0].kappa.value < 1
+    assert wording.estimate(pairs[0].kappa) in agreement_sentences(pairs)[0]
 
 
 def test_numbers_are_written_with_true_minus_and_no_negative_zero() -> None:
