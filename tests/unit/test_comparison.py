@@ -11,6 +11,7 @@ import xarray as xr
 
 from pnlac_fast.comparison import as_run, collect, join, method_name
 from pnlac_fast.errors import UserError
+from pnlac_fast.reporting import style
 from pnlac_fast.trajectory import save_trajectory
 
 
@@ -60,6 +61,32 @@ def penalised(weight: float = 1.0, specific: dict | None = None) -> dict:
 )
 def test_methods_are_named_by_what_was_done(given: dict, name: str) -> None:
     assert method_name(given) == name
+
+
+@pytest.mark.parametrize(
+    ("method", "label"),
+    [
+        ("anchor_5_by_3+kl_by_0.3", "anchor general 5\u00a0%, weight 3 and KL to base, weight 0.3"),
+        ("anchor_3_by_3", "anchor general 3\u00a0%, weight 3"),
+        ("freeze_lowest_5", "freeze lowest-ranked 5\u00a0%"),
+        ("kl_seen", "KL to base, judged where it was held"),
+        ("rate_0.1", "0.1 of the learning rate"),
+        ("anchor_random@anchor_weight=3,steps=40", "anchor general: random neurons (anchor_weight=3, steps=40)"),
+    ],
+)
+def test_names_of_methods_are_read_as_words(method: str, label: str) -> None:
+    assert style.method_label(method) == label
+    assert style.is_control(method) == ("random" in method)
+    assert "random" not in style.controlled(method)
+
+
+def test_a_kl_is_judged_on_topics_it_has_not_seen() -> None:
+    """Where it has seen all of them, its name says so."""
+    long = trajectory(3)
+    some = {"kl": {"weight": 1.0, "topics": ["science"]}}
+    assert as_run(long, {**record(some), "tuned_topic": "crime"})["method"].values.tolist() == ["kl"]
+    every = {"kl": {"weight": 1.0, "topics": ["race"]}}
+    assert as_run(long, {**record(every), "tuned_topic": "crime"})["method"].values.tolist() == ["kl_seen"]
 
 
 def test_runs_of_different_length_keep_their_values(tmp_path: Path) -> None:
