@@ -174,8 +174,11 @@ def _with_lora(hf: Any, settings: Mapping[str, Any], seed: int) -> Any:
 
     torch.manual_seed(seed)
     try:
-        with warnings.catch_warnings():  # peft 0.21 reads a name that transformers 5.23 has deprecated
+        with warnings.catch_warnings():
+            # peft 0.21 reads a name that transformers 5.23 has deprecated, and says what it does for GPT-2 and Mixtral
             warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
+            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
             return get_peft_model(hf, LoraConfig(task_type="CAUSAL_LM", **settings))
     except ValueError as error:
         raise UserError(f"LoRA cannot be put on this model: {str(error).splitlines()[0]}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pnlac_fast import prompts
+from pnlac_fast import cache as cache_store
+from pnlac_fast import finetune, locate, patch, prompts
 from pnlac_fast.anchoring import Anchor
 from pnlac_fast.architecture import architecture
 from pnlac_fast.base_activations import base_activations
@@ -26,7 +28,7 @@ from pnlac_fast.capture import accumulate
 from pnlac_fast.checkup import self_check
 from pnlac_fast.errors import UserError
 from pnlac_fast.inhibition import InhibitFT
-from pnlac_fast.loading import from_hf
+from pnlac_fast.loading import from_hf, load_model
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.passes import SHORTCUTS, run, usable
@@ -528,3 +530,23 @@ def test_slices_need_linear_layers(kind: str) -> None:
     model = opened_for_gradients(kind)
     with pytest.raises(UserError, match="or with mode freeze"):
         slice_neurons(model.hf, some(model, LAYERS - 1, 5))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "mixtral"])
+def test_from_fine_tune_to_patch(kind: str, model_paths, questions, tmp_path: Path) -> None:
+    copy.deepcopy(decoder(kind, vocab_size=64)).float().save_pretrained(tmp_path / "base")
+    for file in model_paths["llama"].glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "base")
+    base = load_model(tmp_path / "base")
+    train: dict[str, Any] = {"steps": 2, "batch_size": 2, "warmup_steps": 0, "learning_rate": 1e-2}
+    tuned = {"race": finetune(base, questions, "race", "right", out=tmp_path / "race", **train).model}
+    cache_store(base, tuned, questions, tmp_path / "s.zarr")
+    found = locate(tmp_path / "s.zarr", top=0.5, out=tmp_path / "n.json")["race"].general
+    assert 0 < len(found) < found.member.size
+    again = finetune(base, questions, "race", "right", out=tmp_path / "still", inhibit=found, **train)
+    names = [projection.name for projection in base.architecture.projections]
+    layers = sum(count > 0 for count in found.per_layer)
+    assert again.record["inhibit"]["freeze"]["covered"] == dict.fromkeys(names, layers)
+    moved = patch(base, tuned, {found.name: found}, questions, sets=["general", "random"], draws=1)["margin"]
+    assert np.isfinite(moved).all()
+    assert len(np.unique(moved.values, axis=0)) == moved.sizes["run"]  # every run is another one
