@@ -17,6 +17,7 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 _VERBS = {
     "cache": "caching",
+    "recount": "recounting",
     "merge": "store",
     "info": "store",
     "locate": "localize",

@@ -28,6 +28,7 @@ from pnlac_fast.options import (
     patches_option,
     questions_options,
     reading_options,
+    topics_option,
     tuned_option,
     tuned_too_option,
 )
@@ -142,6 +143,27 @@ def cache(site: tuple[str, ...], as_json: bool, **given: Any) -> None:
         show_record(result, as_json)
         if not result.get("complete", True):
             click.echo(f"When all workers are done: pnlac-fast merge {result['store']}", err=True)
+
+
+@commands.command(epilog="Example: pnlac-fast recount raw.zarr --tokens completion --out completion.zarr")
+@click.argument("source")
+@option("--out", required=True, help="Store to write; one that was interrupted is resumed.")
+@names("--tokens", "last", "Which positions count: last, prompt, completion, all.")
+@option(
+    "--side",
+    default="both",
+    show_default=True,
+    needs=("tokens", ("completion", "all")),
+    help="Completions to count: right, left or both.",
+)
+@topics_option
+@option("--overwrite", is_flag=True, help="Start anew where the store exists.")
+@as_json
+def recount(source: str, as_json: bool, **given: Any) -> None:
+    """Take statistics from stored raw activations. Of other tokens, sides or topics; no model is run."""
+    from pnlac_fast import recount as run
+
+    show_record(run(source, **given), as_json)
 
 
 @commands.command(epilog="Example: pnlac-fast merge run.zarr")

@@ -190,15 +190,15 @@ def topic_means(rows: xr.Dataset, tokens: str) -> xr.DataArray:
     counted = np.flatnonzero(weight)
     weights = np.zeros((len(topics), len(counted)))
     weights[place[counted], np.arange(len(counted))] = weight[counted]
-    activation = rows["activation"].isel(token=counted).transpose("token", ...)
-    inner = activation.shape[1:]
+    activation = rows["activation"].isel(token=counted)
+    dims = [dim for dim in activation.dims if dim != "token"]
     sums = _sums(weights, activation)
-    means = sums / np.where(n > 0, n, np.nan).reshape(-1, *(1,) * len(inner))
+    means = sums / np.where(n > 0, n, np.nan).reshape(-1, *(1,) * len(dims))
     coords = {
         name: coord.variable for name, coord in activation.coords.items() if not {"token", "selector"} & {*coord.dims}
     }
     coords |= {"topic": topics.astype(object), "n": ("topic", n.astype(np.int64))}
-    return xr.DataArray(means, coords, ("topic", *activation.dims[1:]), "activation", {"tokens": tokens})
+    return xr.DataArray(means, coords, ("topic", *dims), "activation", {"tokens": tokens})
 
 
 def with_text(rows: Rows, examples: xr.Dataset) -> Rows:
@@ -265,18 +265,22 @@ def with_result(rows: xr.Dataset, result: xr.Dataset) -> xr.Dataset:
 
 
 def _sums(weights: npt.NDArray[np.float64], activation: xr.DataArray) -> npt.NDArray[np.float64]:
-    """Return weights [topic, token] times activation [token, ...], without having all of the latter in memory."""
+    """Return weights [topic, token] times activation, [topic, ...], without having all of the latter in memory."""
+    dims = [dim for dim in activation.dims if dim != "token"]
     if activation.chunks is not None:  # dask goes chunk by chunk, whatever they are
         weighted = xr.dot(xr.DataArray(weights, dims=("topic", "token")), activation.astype(np.float64), dim="token")
-        return np.asarray(weighted.transpose("topic", *activation.dims[1:]).values)
-    sums = np.zeros((len(weights), *activation.shape[1:]))
-    layers: list[Any] = list(range(activation.sizes["layer"])) if "layer" in activation.dims else [...]
-    for layer in layers:  # no chunk holds two
-        of = activation if layer is ... else activation.isel(layer=layer)
-        size = max(1, _AT_ONCE // (8 * max(1, math.prod(of.shape[1:]))))
-        for start in range(0, len(of), size):
+        return np.asarray(weighted.transpose("topic", *dims).values)
+    inner = [activation.sizes[dim] for dim in dims]
+    by_layer = dims[:1] == ["layer"]  # no chunk holds two
+    size = max(1, _AT_ONCE // (8 * max(1, math.prod(inner[by_layer:]))))
+    sums = np.zeros((len(weights), *inner))
+    for layer in range(inner[0]) if by_layer else [...]:
+        of = activation.isel(layer=layer) if by_layer else activation
+        for start in range(0, activation.sizes["token"], size):
             some = slice(start, start + size)
-            sums[:, layer] += weights[:, some] @ of.isel(token=some).values.astype(np.float64)
+            # Loaded first: of what is lazy, xarray makes an index of every element where it is to be transposed.
+            block = of.isel(token=some).load().transpose("token", ...)
+            sums[:, layer] += weights[:, some] @ block.values.astype(np.float64)
     return sums
 
 

@@ -22,6 +22,7 @@ HEAVY = ("torch", "transformers", "peft", "zarr", "xarray", "numpy", "sklearn", 
 VERBS = (
     *(
         "cache",
+        "recount",
         "merge",
         "info",
         "locate",
@@ -47,6 +48,7 @@ LOADING = {
 }
 RENAMED = {
     "cache": {"site": "sites"},
+    "recount": {"topics": "topics"},
     "merge": {"store": "path"},
     "info": {"store": "path"},
     "bench": {"shape": "shapes", "only": "parts", "device": "device", "dtype": "dtype"},
