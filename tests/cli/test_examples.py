@@ -85,7 +85,7 @@ def test_your_trainer(world: Path, questions, tmp_path: Path, capsys: pytest.Cap
     tuned = load_tuned(base, tmp_path / "tuned")
     for layer, member in enumerate(load_sets(world / "neurons.json")["race/general"].member):
         lora = tuned.projection(layer, "up_proj")
-        delta = lora.lora_B["tuned"].weight @ lora.lora_A["tuned"].weight
+        delta = lora.lora_B[tuned.adapter].weight @ lora.lora_A[tuned.adapter].weight
         assert not delta[torch.from_numpy(member)].any()
         assert delta[torch.from_numpy(~member)].any()
 
