@@ -1,4 +1,4 @@
-# make demo | test | check | bench | gpu | wheel | clean. Needs Python >= 3.11, make and a C++ compiler.
+# make demo | test | check | docs | bench | gpu | wheel | clean. Needs Python >= 3.11, make and a C++ compiler.
 PYTHON ?= python3
 VENV   ?= .venv
 
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.set-up
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
 TYPES := build/types
 
-.PHONY: setup demo test check lint types bench gpu wheel clean
+.PHONY: setup demo test check lint tree types docs bench gpu wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "pnlac-fast needs Python 3.11 or newer: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0 setuptools ninja
-	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test]'
+	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,docs]'
 	@cd / && '$(abspath $(BIN))/python' -c 'from pnlac_fast.ops import engines; cpp = engines()["cpp"]; cpp == "available" or print(f"WARNING: {cpp}: make -B setup")'
 	@touch $@
 
@@ -33,11 +33,20 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-# mypy knows no package-dir, so it gets the tree as it is installed: store/ inside pnlac_fast/.
-types: $(STAMP)
+# Tools that read the source know no package-dir, so they get the tree as it is installed: store/ inside pnlac_fast/.
+tree:
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)
 	@cp -Rp pnlac_fast $(TYPES)/pnlac_fast && cp -Rp store $(TYPES)/pnlac_fast/store
+
+types: $(STAMP) tree
 	cd $(TYPES) && '$(abspath $(BIN))/mypy' --config-file '$(CURDIR)/pyproject.toml' --cache-dir '$(CURDIR)/.mypy_cache' -p pnlac_fast
+
+# Whatever is not right is an error: a page, a link, a name in the reference.
+docs: $(STAMP) tree
+	@rm -rf build/help && mkdir -p build/help
+	@for verb in $$(sed -n 's|.*"build/help/\(.*\).txt".*|\1|p' docs/reference/commands.md); do \
+	  COLUMNS=100 $(BIN)/pnlac-fast $$verb --help > build/help/$$verb.txt || exit; done
+	$(BIN)/zensical build --clean --strict
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks
