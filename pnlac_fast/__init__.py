@@ -34,6 +34,7 @@ _VERBS = {
     "self_check": "checkup",
     "load_model": "loading",
     "load_tuned": "loading",
+    "from_hf": "loading",
     "load_questions": "datasets",
     "attribute": "attribution",
     "contrast_sides": "sides",

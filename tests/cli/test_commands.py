@@ -293,6 +293,14 @@ def test_report_and_env(cli, world: Path, base, tuned, tmp_path: Path) -> None:
     assert cli("env", "--dtype", "float32").code == 2
 
 
+def test_env_shows_what_a_model_fails_and_ends_with_3(cli, world: Path, monkeypatch) -> None:
+    monkeypatch.setattr("pnlac_fast.checkup.tolerance", lambda model: -1.0)
+    result = cli("env", "--model", world / "base")
+    assert result.code == 3
+    assert any("holds no" in line for line in table(result.out))
+    assert "does not pass its self-check (batch, padding, reading, writing, projection)" in result.err
+
+
 def test_finetune_inhibits_by_a_factor(cli, world: Path, base, tmp_path: Path) -> None:
     asked = ["finetune", *base, "--topic", "race", "--out", tmp_path / "t", *SMALL, "--inhibit-factor", "0.5"]
     assert cli(*asked).code == 2

@@ -25,7 +25,7 @@ from pnlac_fast.anchoring import Anchor
 from pnlac_fast.architecture import architecture
 from pnlac_fast.base_activations import base_activations
 from pnlac_fast.capture import accumulate
-from pnlac_fast.checkup import self_check
+from pnlac_fast.checkup import certify, self_check
 from pnlac_fast.errors import UserError
 from pnlac_fast.inhibition import InhibitFT
 from pnlac_fast.loading import from_hf, load_model
@@ -425,6 +425,25 @@ def test_the_self_check_holds(kind: str) -> None:
     assert set(report["checks"]) == {"batch", "padding", "reading", "writing", "projection"}
     assert report["widths"]["mlp_mid"] == opened(kind).width("mlp_mid")
     assert ("pack" in report["left_out"]) == (kind in INTERFACELESS)
+
+
+def test_the_self_check_finds_a_model_that_mixes_texts() -> None:
+    hf = copy.deepcopy(decoder("llama"))
+    hf.model.layers[0].register_forward_hook(lambda _, __, stream: stream + stream.mean((0, 1)))
+    report = self_check(from_hf(hf, None, name="mixer"))
+    assert {name for name, check in report["checks"].items() if not check["holds"]} == {"batch", "padding"}
+    assert "more than rounding" in report["left_out"]["pack"]
+    with pytest.raises(UserError, match=r"'mixer' does not pass its self-check \(batch, padding\)"):
+        certify(report, "mixer")
+
+
+def test_the_self_check_finds_a_last_projection_that_is_not_used() -> None:
+    hf = copy.deepcopy(decoder("llama"))
+    down = hf.model.layers[LAYERS - 1].mlp.down_proj
+    down.register_forward_hook(lambda _, __, out: torch.ones_like(out))
+    checks = self_check(from_hf(hf, None))["checks"]
+    assert not checks["writing"]["holds"]
+    assert not checks["projection"]["holds"]
 
 
 def test_every_mlp_is_read_where_the_user_says() -> None:
