@@ -14,8 +14,8 @@ import xarray as xr
 from zarr.storage import MemoryStore
 
 from pnlac_fast.store.datasets import write_dataset
-from pnlac_fast.store.errors import StoreError, VersionError
-from pnlac_fast.store.groups import consolidate, contents, encode_root, remove_groups
+from pnlac_fast.store.errors import StoreError, VersionError, writing
+from pnlac_fast.store.groups import consolidate, contents, encode_root, lists_anything, remove_groups
 from pnlac_fast.store.headers import read_copies
 from pnlac_fast.store.journal import JOURNAL, STORE, decode_line, encode_line, listed, read_record
 from pnlac_fast.store.layout import Layout, fingerprint
@@ -105,7 +105,7 @@ def open_writer(
     else:
         _occupant(place)
     attributes = mark("capture", layout=layout.to_json(), provenance=provenance, examples=fingerprint(columns))
-    with ExitStack() as held:
+    with writing(place.name), ExitStack() as held:
         with place.changing():
             held.enter_context(place.claim((*worker, part)))
             place.recover()
@@ -122,6 +122,8 @@ def open_writer(
                 _check_same(place, header, layout, fingerprint(columns))
             if read_record(place, STORE) is None:
                 _create(place, attributes, _capture_files(layout, columns, chosen), layout, anew=overwrite)
+            elif not lists_anything(place):  # making it was cut off at the very end
+                consolidate(place, read_header(place).attributes)
         return Writer(place, layout, columns["topic"], worker, part, held.pop_all())
 
 
@@ -141,7 +143,7 @@ def create_results(path: Location, *, provenance: dict[str, Any] | None = None) 
     except StoreError:
         if read_copies(place).header is None:
             raise
-    with place.changing():
+    with writing(place.name), place.changing():
         copies = read_copies(place)
         if copies.header is not None and copies.header.layout is not None:
             return
@@ -150,6 +152,8 @@ def create_results(path: Location, *, provenance: dict[str, Any] | None = None) 
             mend(place, copies, attributes, _results_files)
         if read_record(place, STORE) is None:
             _create(place, attributes, _results_files(), None, anew=False)
+        elif not lists_anything(place):
+            consolidate(place, read_header(place).attributes)
 
 
 def _check_repairable(

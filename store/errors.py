@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class StoreError(Exception):
     """A store cannot be opened, read or written as asked: one sentence that names the next action. Exit code 3."""
@@ -29,3 +32,15 @@ class ShardError(StoreError):
     def __str__(self) -> str:
         array, key, reason = self.args
         return f"{array}, shard {key}: {reason}; `pnlac-fast info --verify` finds all that has to be redone."
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turn what a disk or an object store refuses into a StoreError; `what` is that which was to be written, where."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{what} could not be written ({error.strerror or error}); make room, or mend the disk or its permissions, "
+            "and run the same command again: nothing is lost."
+        ) from error

@@ -76,6 +76,11 @@ def withdraw(place: Place, paths: Iterable[str]) -> None:
         write_root(place, document["attributes"], {n: m for n, m in below.items() if n not in hidden})
 
 
+def lists_anything(place: Place) -> bool:
+    """Whether the root's consolidated metadata tells of any group."""
+    return bool(json.loads(place.read(METADATA) or b"{}").get("consolidated_metadata", {}).get("metadata"))
+
+
 def replace_group(place: Place, path: str, files: Iterable[tuple[str, Bytes]]) -> None:
     """Make or replace the group `path`; the caller holds `place.changing()`.
 

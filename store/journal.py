@@ -6,6 +6,7 @@ A line a file, not lines in one file: object stores cannot append, and workers n
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote
@@ -18,6 +19,7 @@ from pnlac_fast.store.places import Place, Sum
 
 JOURNAL = "journal"
 STORE = f"{JOURNAL}/store.json"
+_UNIT = re.compile(rf"{JOURNAL}/unit\.[^/]*\.json")  # and not what a crash left of one, which has another ending
 _HEAD, _MIDDLE, _TAIL = b'{"crc32c":"', b'","record":', b"}"
 
 Files = dict[str, Sum]
@@ -100,13 +102,16 @@ def commit_unit(place: Place, layout: Layout, unit: int, part: int, files: Files
     """
     key = unit_key(unit, part)
     line = encode_line({"unit": unit, "part": part, "layout": layout.fingerprint(), "files": listed(files)})
-    return place.create(key, line) or place.read(key) == line
+    if place.create(key, line):
+        return True
+    place.sync()
+    return place.read(key) == line
 
 
 def read_journal(place: Place, layout: Layout, keys: Mapping[str, int] | None = None) -> list[Committed]:
     """Return the committed parts of units, sorted; `keys` are those of the place where they are known already."""
     known = place.sizes(f"{JOURNAL}/") if keys is None else keys
-    lines = place.read_all(key for key in known if key.startswith(f"{JOURNAL}/unit."))
+    lines = place.read_all(key for key in known if _UNIT.fullmatch(key))
     found = []
     for key, line in lines.items():
         record = read_record(place, key, line)

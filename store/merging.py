@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from pnlac_fast.store.checks import check_files
 from pnlac_fast.store.contrast import contrast_files
-from pnlac_fast.store.errors import StoreError
+from pnlac_fast.store.errors import StoreError, writing
 from pnlac_fast.store.groups import consolidate, replace_group
 from pnlac_fast.store.journal import done_units, group_key, read_journal
 from pnlac_fast.store.layout import Layout
@@ -50,7 +50,7 @@ def merge_units(place: Place, layout: Layout) -> None:
             "run the same cache command again, with any number of workers."
         )
     check_files(place, layout, committed, sizes)
-    with place.changing():
+    with writing(f"The statistics of {place.name}"), place.changing():
         if place.read(group_key(CONTRAST)) is None:
             replace_group(place, CONTRAST, contrast_files(place.store, layout))
         else:

@@ -10,7 +10,7 @@ from zarr.storage import MemoryStore
 
 from pnlac_fast.store.checks import check_group
 from pnlac_fast.store.datasets import read_dataset, write_dataset
-from pnlac_fast.store.errors import StoreError
+from pnlac_fast.store.errors import StoreError, writing
 from pnlac_fast.store.groups import contents, replace_group
 from pnlac_fast.store.names import check_result_name, unknown_name
 from pnlac_fast.store.places import Location, Place, place_of
@@ -101,5 +101,5 @@ def _write(path: Location, group: str, ds: xr.Dataset, attributes: dict[str, Any
     read_header(place)
     made = MemoryStore()
     write_dataset(made, ds, attributes)
-    with place.changing():
+    with writing(f"{place.name}/{group}"), place.changing():
         replace_group(place, group, contents(made).items())

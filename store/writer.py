@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pnlac_fast.store.checks import check_files, check_rows, check_sums
-from pnlac_fast.store.errors import StoreError
+from pnlac_fast.store.errors import StoreError, writing
 from pnlac_fast.store.journal import Files, commit_unit, done_units, read_journal, unit_key
 from pnlac_fast.store.layout import SELECTORS, Layout
 from pnlac_fast.store.merging import merge_units
@@ -55,6 +55,7 @@ class Writer:
         self.place, self.layout = place, layout
         self._topics, self._worker, self._part, self._held = topics, worker, part, held
         self._closed = False
+        self._tried: set[int] = set()  # an attempt that failed may have left its line
         try:
             sizes = place.sizes()
             committed = read_journal(place, layout, sizes)
@@ -115,18 +116,14 @@ class Writer:
         check_rows(self.layout, unit, rows, raw, self._topics)
         if unit in self._own:  # of this unit, only another part was missing
             return self._note(unit)
-        try:
-            if self.place.read(unit_key(unit, self._part)) is not None:
+        with writing(f"Unit {unit} of {self.place.name}"):
+            if unit not in self._tried and self.place.read(unit_key(unit, self._part)) is not None:
                 raise self._taken(unit)
+            self._tried.add(unit)
             files = _write_all(self.place, self._files(unit, counts, base, tuned, rows, raw))
             self.place.sync()
             if not commit_unit(self.place, self.layout, unit, self._part, files):
                 raise self._taken(unit)
-        except OSError as error:
-            raise StoreError(
-                f"Unit {unit} could not be written to {self.place.name} ({error.strerror or error}); "
-                "make room or mend the disk, and run the same command again: nothing is lost."
-            ) from error
         return self._note(unit)
 
     def _note(self, unit: int) -> None:

@@ -1,9 +1,9 @@
 """Run by test_kill.py in a process of its own: writes a store in forked children, and kills each with SIGKILL.
 
-Each line of stdin is a number of events and a delay in seconds: a fresh child is killed so long after so many events,
-the first being that the store is open and the others commits. The answer is a JSON line: the units that the child said
-were committed, and whether it came to the end. zarr starts its threads in the children only, so that
-forking is safe here, which it would not be in pytest's process.
+Arguments are the store, the number of the worker, and how many there are. Each line of stdin is a number of events and
+a delay in seconds: a fresh child is killed so long after so many events, the first being that the store is open and the
+others commits. The answer is a JSON line: the units that the child said were committed, and whether it came to the end.
+zarr starts its threads in the children only, so that forking is safe here, which it would not be in pytest's process.
 """
 
 import json
@@ -43,17 +43,18 @@ def unit_of(unit):
     return np.array([3]), {"s": rng.random((1, 2, 2, 300))}, {"s": rng.random((1, 1, 3, 2, 300))}, rows, raw
 
 
-def write(path, acknowledge):
+def write(path, acknowledge, worker=(0, 1)):
     """Go on with the store at `path` to its end; tell when it is open, and of each commit."""
-    with open_writer(path, LAYOUT, provenance={}, examples=EXAMPLES) as writer:
+    with open_writer(path, LAYOUT, provenance={}, examples=EXAMPLES, worker=worker) as writer:
         acknowledge(OPENED)
         for unit in writer.pending:
             writer.commit(unit, *unit_of(unit))
             acknowledge(unit)
-        writer.finish()
+        if worker == (0, 1):
+            writer.finish()
 
 
-def one_life(path, events, delay):
+def one_life(path, worker, events, delay):
     """Let a child write, kill it `delay` seconds after so many events, and return what it said."""
     read, said = os.pipe()
     child = os.fork()
@@ -61,7 +62,7 @@ def one_life(path, events, delay):
         code = 1
         try:
             os.close(read)
-            write(path, lambda event: os.write(said, bytes([event])))
+            write(path, lambda event: os.write(said, bytes([event])), worker)
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -84,6 +85,7 @@ def one_life(path, events, delay):
 
 
 if __name__ == "__main__":
+    store, worker = Path(sys.argv[1]), (int(sys.argv[2]), int(sys.argv[3]))
     for line in sys.stdin:
         events, delay = line.split()
-        print(json.dumps(one_life(Path(sys.argv[1]), int(events), float(delay))), flush=True)
+        print(json.dumps(one_life(store, worker, int(events), float(delay))), flush=True)

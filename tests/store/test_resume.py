@@ -206,10 +206,10 @@ def test_a_failed_unit_is_not_listed_with_the_next(tmp_path, sample, monkeypatch
 
         with monkeypatch.context() as patched:
             patched.setattr("pnlac_fast.store.writer.commit_unit", full)
-            with pytest.raises(StoreError, match=r"Unit 0 could not be written .*No space left.*nothing is lost"):
+            with pytest.raises(StoreError, match=r"Unit 0 of .* could not be written .*No space left.*nothing is lost"):
                 sample.commit(writer, 0)
             patched.setattr("pnlac_fast.store.local.sync_directory", full)
-            with pytest.raises(StoreError, match="Unit 1 could not be written"):
+            with pytest.raises(StoreError, match=r"Unit 1 of .* could not be written"):
                 sample.commit(writer, 1)
         sample.commit(writer, 2)
         (record,) = read_journal(writer.place, sample.layout)
