@@ -165,7 +165,10 @@ class Run:
 
 def _copy(hf: Any, share: bool) -> Any:
     """A copy of a model; with ``share``, one that has its own modules and flags on the same weights."""
-    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in hf.parameters()} if share else {}
+    memo: dict[int, Any] = {}
+    for p in hf.parameters() if share else ():
+        plain = type(p) is nn.Parameter  # what is quantised is more than its numbers, and trains in no case
+        memo[id(p)] = nn.Parameter(p.detach(), requires_grad=False) if plain else p
     return copy.deepcopy(hf, memo)
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from pnlac_fast import finetune
 from pnlac_fast.capture import Sums, accumulate
 from pnlac_fast.checkup import self_check
 from pnlac_fast.datasets import Question
@@ -164,3 +165,5 @@ def test_quantised_bases_are_read(model_paths, questions, tmp_path: Path, made: 
         assert quantised.counts.tolist() == found[0].counts.tolist()
         pair = [s.tuned["mlp_mid"][0, 0, 2].ravel() for s in (quantised, found[0])]
         assert np.corrcoef(pair)[0, 1] > 0.9
+    tuned = finetune(load_model(tmp_path / "small"), questions, "race", "right", steps=1, batch_size=2).model
+    assert not tuned.hf.lm_head.weight.requires_grad
