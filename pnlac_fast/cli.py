@@ -32,7 +32,7 @@ from pnlac_fast.options import (
     tuned_option,
     tuned_too_option,
 )
-from pnlac_fast.terminal import show, show_record
+from pnlac_fast.terminal import readable_bytes, show, show_record
 
 HELP = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "PNLAC", "max_content_width": 110}
 BOOTS = 2000  # resamples behind each 95 % interval
@@ -188,12 +188,22 @@ def info(store: str, verify: bool, as_json: bool) -> None:
     result = run(store, verify=verify)
     if not as_json and "settings" in result:  # the table has these under provenance
         result["settings"] = {name: v for name, v in result["settings"].items() if name not in ("base", "tuned")}
-    show_record(result, as_json, leave_out=["findings"])
+    show_record(result, as_json, leave_out=["findings", "arrays"])
+    if not as_json and "arrays" in result:
+        click.echo()
+        show(None, False, [_array_row(array) for array in result["arrays"]])
     findings = result.get("findings", [])
     if findings and not as_json:
         shown = ("file", "problem", "owner", "action")
         show(findings, False, [{"": f["kind"], **{name: f[name] for name in shown}} for f in findings])
     certify(result)
+
+
+def _array_row(array: dict[str, Any]) -> dict[str, str]:
+    dims = array["dims"] or [""] * len(array["shape"])
+    shape = ", ".join(f"{dim} {size}".strip() for dim, size in zip(dims, array["shape"], strict=True))
+    size = readable_bytes(array["bytes"]) if array["files"] > 1 else "not written"  # its metadata is a file, too
+    return {"array": array["array"], "dtype": array["dtype"], "shape": shape, "bytes": size}
 
 
 @commands.command(epilog="Example: pnlac-fast locate run.zarr --top 30% -o neurons.json")
@@ -546,7 +556,9 @@ def env(model: str | None, as_json: bool, **given: Any) -> None:
 @option("--repeats", default=5, show_default=True, help="Rounds; ratios are taken within a round.")
 @option("--clock", default="wall", show_default=True, help="wall, or cpu: processor time, where others compute too.")
 @option("--questions", type=int, help="Questions of each of six topics. Default: by shape, for seconds a pass.")
-@names("--only", None, "localise, overhead, contrast_kernel, masked_step, training_step, memory, store.")
+@names(
+    "--only", None, "localise, overhead, contrast_kernel, masked_step, training_step, memory, store, queries, stall."
+)
 @as_json
 def bench(shape: tuple[str, ...], only: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Measure speed and memory on this machine. Against others and itself; results are checked first."""

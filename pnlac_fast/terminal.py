@@ -44,6 +44,11 @@ def show_record(record: Mapping[str, Any], as_json: bool, *, leave_out: Sequence
         click.echo(f"{name.ljust(width)}  {value}".rstrip())
 
 
+def readable_bytes(count: int) -> str:
+    """A number of bytes as text: ``1.5 MB``."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
 def _lines(record: Mapping[str, Any], depth: int) -> list[tuple[str, str]]:
     """Name and value of each line; a record in a record is one line where it is short, else an indented block."""
     lines: list[tuple[str, str]] = []
@@ -52,7 +57,7 @@ def _lines(record: Mapping[str, Any], depth: int) -> list[tuple[str, str]]:
         if value is None or value == {} or value == []:
             continue
         if key == "bytes":
-            value = f"{value / 1e6:.1f} MB" if value >= 1e6 else f"{value / 1e3:.1f} kB"
+            value = readable_bytes(value)
         if isinstance(value, Mapping) and depth < 2 and len(_cell(value)) >= WIDTH:
             lines += [(name, ""), *_lines(value, depth + 1)]
         elif key == "flops":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -26,6 +28,7 @@ from pnlac_fast.store.schema import (
     partials_path,
     read_header,
 )
+from pnlac_fast.store.shards import DTYPE_ATTRIBUTE
 from pnlac_fast.store.verification import verify_place
 
 
@@ -126,9 +129,11 @@ def info(path: Location, *, verify: bool = False) -> dict[str, Any]:
     Returns
     -------
     dict
-        path, kind ("capture" or "results"), format_version, provenance, bytes, neuron_sets and results (names); for a
-        capture also complete, units_done, units_total, questions, topics, models, sites, tokens, layers, widths, raw
-        and settings. With `verify`, findings; where these keep the rest from being told, only path and findings.
+        path, kind ("capture" or "results"), format_version, provenance, bytes, neuron_sets and results (names), and
+        arrays (array, dims, shape, dtype, bytes and files of each); for a capture also complete, units_done,
+        units_total, units_missing (their numbers), questions, rows, rows_total, topics, models, sites, tokens,
+        layers, widths, raw and settings. With `verify`, findings; where these keep the rest from being told, only path
+        and findings.
 
     Raises
     ------
@@ -159,6 +164,7 @@ def _describe(place: Place) -> dict[str, Any]:
         "bytes": sum(sizes.values()),
         "neuron_sets": _set_names(place),
         "results": list_results(place),
+        "arrays": _arrays(place, sizes),
     }
     layout = header.layout
     if layout is None:
@@ -170,10 +176,33 @@ def _describe(place: Place) -> dict[str, Any]:
         "complete": group_key(CONTRAST) in sizes,
         "units_done": len(done),
         "units_total": len(units),
+        "units_missing": [unit for unit in range(len(units)) if unit not in done],
         "questions": sum(unit.count for unit in layout.units),
         "rows": sum(layout.units[unit].rows for unit in done),
+        "rows_total": sum(unit.rows for unit in layout.units),
         **described,
     }
+
+
+def _arrays(place: Place, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Return what each array is, by the metadata that the root holds of all, and what it takes."""
+    root = json.loads(place.read(METADATA) or b"{}")
+    described = root.get("consolidated_metadata", {}).get("metadata", {})
+    held: dict[str, list[int]] = {}
+    for key, size in sizes.items():
+        held.setdefault(key.rpartition("/")[0], []).append(size)
+    return [
+        {
+            "array": path,
+            "dims": document.get("dimension_names"),
+            "shape": document["shape"],
+            "dtype": document.get("attributes", {}).get(DTYPE_ATTRIBUTE, document["data_type"]),
+            "bytes": sum(held.get(path, ())),
+            "files": len(held.get(path, ())),
+        }
+        for path, document in sorted(described.items())
+        if document["node_type"] == "array"
+    ]
 
 
 def _set_names(place: Place) -> list[str]:

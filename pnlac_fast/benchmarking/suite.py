@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 
-from pnlac_fast.benchmarking import contrast_kernel, localise, masked, memory, overhead, store, training_step
+from pnlac_fast.benchmarking import (
+    contrast_kernel,
+    localise,
+    masked,
+    memory,
+    overhead,
+    queries,
+    stall,
+    store,
+    training_step,
+)
 from pnlac_fast.benchmarking.timing import CLOCKS, use_clock
 from pnlac_fast.benchmarking.timing import threads as use_threads
 from pnlac_fast.benchmarking.workloads import DTYPES, SHAPES, make_workload
@@ -16,7 +26,17 @@ from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.loading import resolve_device
 from pnlac_fast.provenance import provenance
 
-PARTS = ("localise", "overhead", "contrast_kernel", "masked_step", "training_step", "memory", "store")
+PARTS = (
+    "localise",
+    "overhead",
+    "contrast_kernel",
+    "masked_step",
+    "training_step",
+    "memory",
+    "store",
+    "queries",
+    "stall",
+)
 
 
 def bench(
@@ -49,7 +69,7 @@ def bench(
         Questions of each of the six topics. Default: as many as keep a pass over them within seconds.
     parts
         What to measure, names in ``PARTS``. "contrast_kernel" and "masked_step" are single operations;
-        "store" writes to the working directory, and measures its disk.
+        "store", "queries" and "stall" write to the working directory, and measure its disk.
 
     Returns
     -------
@@ -93,6 +113,8 @@ def bench(
         "training_step": lambda: training_step.measure(repeats=repeats, device=device, dtype=dtype),
         "memory": lambda: memory.measure(device=device, dtype=dtype, threads=threads),
         "store": lambda: store.measure(repeats=repeats),
+        "queries": lambda: queries.measure(repeats=repeats),
+        "stall": lambda: stall.measure(repeats=repeats, device=device, dtype=dtype),
     }
     with use_threads(threads), use_clock(clock):
         for shape in dict.fromkeys(shapes):

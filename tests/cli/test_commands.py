@@ -91,6 +91,10 @@ def test_info_is_readable(cli, world: Path) -> None:
     assert fields["complete"].split() == ["complete", "yes"]
     assert "kB" in fields["bytes"]
     assert max(len(line) for line in lines if "command" not in line) < 140
+    rms = next(line for line in lines if line.startswith("contrast/rms")).split("  ")
+    said = [part.strip() for part in rms if part]
+    assert said[1:3] == ["float32", "model 2, topic 3, site 1, tokens 2, layer 3, neuron 48"]
+    assert said[3].endswith("kB")
 
 
 def test_locate_equals_the_library_call(cli, world: Path, tmp_path: Path) -> None:

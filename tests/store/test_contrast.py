@@ -116,6 +116,8 @@ def test_unfinished_store_says_how_far_it_is(tmp_path, sample):
         open_contrast(path)
     report = info(path)
     assert (report["complete"], report["units_done"], report["units_total"]) == (False, 2, 6)
+    assert report["units_missing"] == [0, 2, 3, 5]
+    assert not [array for array in report["arrays"] if array["array"].startswith("contrast/")]
 
 
 def test_info_of_a_finished_store(finished, sample):
@@ -128,6 +130,18 @@ def test_info_of_a_finished_store(finished, sample):
     assert report["settings"] == sample.layout.settings
     files = (path for path in finished.rglob("*") if path.is_file())
     assert report["bytes"] == sum(path.stat().st_size for path in files)
+    arrays = {array.pop("array"): array for array in report["arrays"]}
+    assert set(arrays) == {str(f.parent.relative_to(finished)) for f in finished.rglob("zarr.json")} - {
+        str(folder.relative_to(finished)) for folder in finished.rglob("*") if list(folder.glob("*/zarr.json"))
+    } - {".", "results"}
+    shape = [2, 2, 2, 2, 3, 11]
+    assert arrays["contrast/rms"] == {
+        "dims": ["model", "topic", "site", "tokens", "layer", "neuron"],
+        "shape": shape,
+        "dtype": "float32",
+        "bytes": sum(path.stat().st_size for path in (finished / "contrast" / "rms").iterdir()),
+        "files": 5,
+    }
 
 
 @pytest.mark.parametrize("where", ["base", "tuned"])
