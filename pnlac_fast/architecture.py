@@ -204,7 +204,7 @@ def _of_block(block: nn.Module, path: str, kind: str, last: str | None) -> Archi
 def _outside_attention(block: nn.Module, front: str = "") -> Iterator[tuple[str, Any]]:
     """Modules of a block that are not part of attention, outermost first; not what is inside a projection."""
     for name, child in block.named_children():
-        if "attn" in name.lower() or "attention" in name.lower().replace("post_attention", ""):
+        if "attn" in name.lower() or "attention" in name.lower():
             continue
         yield front + name, child
         if _widths(plain(child)) is None:

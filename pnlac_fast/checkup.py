@@ -64,6 +64,9 @@ def self_check(model: Model) -> dict[str, Any]:
             Reading every site leaves the logits as they are.
         writing
             What is written to ``mlp_mid`` of the last layer changes ``mlp_out``, in proportion.
+        halves
+            Where gate and up are one linear layer: a change of the two outputs that are taken for a neuron's changes
+            this neuron and no other.
         projection
             ``mlp_out`` is the last projection of ``mlp_mid``, computed here in float64. Left out where the weights are
             not plain tensors of this process: adapters, quantisation, tensor parallelism, biases of experts.
@@ -84,6 +87,8 @@ def self_check(model: Model) -> dict[str, Any]:
         "reading": _reading(model, texts[0]),
         "writing": _writing(model, texts[0]),
     }
+    if model.architecture.projections[0].copies > 1 and not model.architecture.experts:
+        errors["halves"] = _halves(model, texts[0])
     if (error := _projection(model, alone[0])) is not None:
         errors["projection"] = error
     allowed = tolerance(model)
@@ -174,6 +179,29 @@ def _writing(model: Model, text: Sequence[int]) -> float:
     zero, once, twice = out
     moved = (once - zero).abs().max()
     return float((twice - 2 * once + zero).abs().max() / moved) if moved else float("inf")
+
+
+def _halves(model: Model, text: Sequence[int]) -> float:
+    """How much other neurons move, over how much one does, when its two outputs of a fused projection do."""
+    (batch,) = prompts.batches([text], len(text), device=model.device)
+    last, fused = len(model.blocks) - 1, model.architecture.projections[0]
+    neuron = model.architecture.width // 3
+    index, _ = fused.place(torch.tensor([neuron]), model.architecture.width)
+    seen: list[Tensor] = []
+
+    def add(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+        return out.index_add(-1, index.to(out.device), torch.ones_like(out[..., : len(index)]))
+
+    for change in (False, True):
+        with torch.inference_mode(), model.active() as hf, ExitStack() as taps:
+            if change:
+                taps.callback(model.projection(last, fused.name).register_forward_hook(add).remove)
+            taps.enter_context(model.tapped("mlp_mid", lambda _, a: seen.append(a.double().clone()), [last]))
+            hf(**batch.inputs(), use_cache=False)
+    moved = (seen[1] - seen[0]).abs().amax((0, 1))
+    own = float(moved[neuron])
+    moved[neuron] = 0
+    return float(moved.max()) / own if own else float("inf")
 
 
 @torch.inference_mode()
