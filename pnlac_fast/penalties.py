@@ -86,6 +86,10 @@ class Penalty(TrainerCallback):
         if state.global_step > self._first and not self._backward:
             raise RuntimeError(f"The penalty {self.name} had no effect: no backward pass reached it.")
 
+    def remove(self) -> None:
+        """Take the hooks out of the model. The end of training does it by itself; an interruption does not."""
+        self._place.close()
+
     def add(self, value: Tensor) -> None:
         """Note the term's value of one part of a batch, without its weight."""
         self._values.append(value.detach())

@@ -167,6 +167,10 @@ class ResidualEdit(TrainerCallback):
 
         self._place.enter_context(decoder.tapped("resid", visit, list(vectors)))
 
+    def remove(self) -> None:
+        """Take the hooks out of the model. The end of training does it by itself; an interruption does not."""
+        self._place.close()
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Remove the hooks, and verify that they worked."""
         self._place.close()

@@ -18,9 +18,10 @@ from pnlac_fast.interventions import Interventions, combine, other_topics
 from pnlac_fast.loading import load_model
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
+from pnlac_fast.penalties import Penalty
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
 from pnlac_fast.provenance import provenance
-from pnlac_fast.rivals import Rival, make_rival
+from pnlac_fast.rivals import ResidualEdit, Rival, make_rival
 from pnlac_fast.run import Run, contained
 from pnlac_fast.slices import Slices
 from pnlac_fast.trajectory import TRAJECTORY_FILE, Trajectory
@@ -241,7 +242,8 @@ def finetune(
             run.checkpoint_activations()
         ids = [ids for ids, _ in rows]
         penalties = plan.penalties(run.module, run.view, ids, template, batch_size // accumulation, seed)
-        callbacks: list[TrainerCallback] = [*penalties, *plan.edits()]
+        hooked: list[Penalty | ResidualEdit] = [*penalties, *plan.edits()]
+        callbacks: list[TrainerCallback] = [*hooked]
         slices: Slices | None = None
         if weights := plan.weights():
             callbacks.append(weights)
@@ -253,6 +255,8 @@ def finetune(
         try:
             losses = run.train(rows, callbacks, save_steps if out is not None else None)
         finally:
+            for one in hooked:
+                one.remove()
             if slices is not None:
                 slices.merge()
         record = {**settings, **losses, "provenance": provenance()}

@@ -421,8 +421,10 @@ def test_a_model_tuned_in_place_is_plain_after_an_interruption(base: Model, monk
     modules = [type(m) for m in base.hf.modules()]
     before = weights(base)
     interrupt_at(6, monkeypatch)
+    held = replace(chosen(), member=np.roll(chosen().member, 1, axis=1))
     with pytest.raises(Interrupted):
-        tune(base, keep_base=False, inhibit=chosen(), inhibit_mode="specific")
+        tune(base, keep_base=False, inhibit={"specific": chosen(), "anchor": held})
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.hf.modules())
     assert modules == [type(m) for m in base.hf.modules()]
     assert before.keys() == weights(base).keys()
     assert not same(before, weights(base))
