@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
 import subprocess
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from pnlac_fast.datasets import Question, save_questions
 from pnlac_fast.generation import answers
 from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.neurons import load_sets
-from pnlac_fast.patches import load_patched
+from pnlac_fast.patches import Patch, apply, load_patched
 from pnlac_fast.sweeping import plan_runs
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -102,3 +104,29 @@ def test_patched_model(cli, world: Path, base, tmp_path: Path) -> None:
         subject = load_model(model)
         with load_patched(subject, file):
             assert answers(subject, [Question("law", prompt)], max_new_tokens=9) == [answer.strip()]
+
+
+@pytest.mark.parametrize(
+    ("script", "package"),
+    [("nnsight_neurons.py", "nnsight"), ("transformer_lens_neurons.py", "transformer_lens")],
+)
+def test_recipes_of_other_packages_shift_neurons_as_we_do(script: str, package: str, world: Path) -> None:
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed: pip install -e '.[bench]'")
+    prompt, name = "what about the law ?", "race/general"
+    given = {"--model": world / "base", "--neurons": world / "neurons.json", "--set": name, "--prompt": prompt}
+    words = [str(word) for pair in (given | {"--store": world / "run.zarr"}).items() for word in pair]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of another package, about itself
+        before, after = runpy.run_path(str(EXAMPLES / script))["main"](words)
+    neurons = load_sets(world / "neurons.json")[name]
+    contrast = xr.open_zarr(world / "run.zarr", group="contrast").sel(model="race", site="mlp_mid")
+    shift = np.where(neurons.member, contrast["mean_diff"].isel(tokens=0).mean("topic").values, 0)
+    model = load_model(world / "base")
+    ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
+    with torch.no_grad(), model.active() as hf:
+        assert torch.allclose(before, hf(input_ids=ids).logits[0, -1], atol=1e-4)
+        with apply(model, Patch(neurons, 1.0, shift.astype(np.float32))):
+            ours = hf(input_ids=ids).logits[0, -1]
+    assert torch.allclose(after, ours, atol=1e-4)
+    assert not torch.allclose(after, before, atol=1e-3)
