@@ -28,7 +28,9 @@ class Contents:
     sets
         ``member`` bool (neuron_set, layer, neuron).
     results
-        ``stance``, ``stance_classifier``, ``patching`` and ``training``, those that exist.
+        Those that exist, by name.
+    keys
+        Keys of the questions that the statistics were read on.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Contents:
     contrast: xr.Dataset | None = None
     sets: xr.Dataset | None = None
     results: Mapping[str, xr.Dataset] = field(default_factory=dict)
+    keys: frozenset[str] = frozenset()
 
 
 def read_contents(path: str | Path) -> Contents:
@@ -56,6 +59,7 @@ def read_contents(path: str | Path) -> Contents:
         contrast=contrast,
         sets=stores.open_sets(path) if info.get("neuron_sets") else None,
         results={name: stores.open_result(path, name) for name in stores.list_results(path)},
+        keys=frozenset(map(str, stores.open_examples(path)["key"].values)) if contrast is not None else frozenset(),
     )
     if contents.contrast is None and contents.sets is None and not contents.results:
         raise UserError(f"The store '{path}' has nothing to report yet: run pnlac-fast cache or score on it first.")

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from pnlac_fast.reporting import effects, style, tables, wording
 from pnlac_fast.reporting.contents import Contents
 from pnlac_fast.reporting.curve import curve
+from pnlac_fast.reporting.doses import doses
+from pnlac_fast.reporting.method_shifts import method_shifts, shown_shifts
+from pnlac_fast.reporting.pareto import pareto
 from pnlac_fast.reporting.rows import MethodRow, PatchRow, PathPoint
 from pnlac_fast.reporting.sections import Section, Shown, Table, absent, unit_of
 
@@ -103,7 +106,21 @@ def methods(contents: Contents, boots: int, seed: int) -> Section:
         for p in paths
     ]
     extra = Table("trajectories", "Every point of the trajectories", trail_header, trail, paths, folded=True)
-    return Section(key, title, sentences, [bars, line], [_method_table(rows, unit), extra])
+    figures, shown = [bars, line], [_method_table(rows, unit), extra]
+    if (ends := pareto(rows, paths)) is not None:
+        sentences = [*sentences, ends[0]]
+        figures.append(ends[1])
+    lacking = []
+    if (sizes := doses(rows)) is not None:
+        sentences += sizes[0]
+        figures.append(sizes[1])
+    else:
+        lacking.append(("dose response: one method with several shares of neurons", "pnlac-fast sweep"))
+    if cells := method_shifts(training, boots, seed):
+        maps, every = shown_shifts(cells, unit)
+        figures.append(maps)
+        shown.append(every)
+    return Section(key, title, sentences, figures, shown, lacking)
 
 
 def _best(rows: Sequence[MethodRow]) -> str:

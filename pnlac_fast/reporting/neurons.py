@@ -23,7 +23,7 @@ def how_found(sets: xr.Dataset | None) -> Mapping[str, Any]:
     return json.loads(found) if isinstance(found, str) else found
 
 
-def _members(sets: xr.Dataset) -> dict[tuple[str, str, str], np.ndarray]:
+def set_members(sets: xr.Dataset) -> dict[tuple[str, str, str], np.ndarray]:
     """bool [layer, neuron] by model, kind and topic, of the first site."""
     site = str(sets["site"].values[0])
     names = ("model", "kind", "topic", "site")
@@ -34,7 +34,7 @@ def _members(sets: xr.Dataset) -> dict[tuple[str, str, str], np.ndarray]:
 
 def general_rows(sets: xr.Dataset, width: int | None = None) -> list[GeneralRow]:
     """Shares of all neurons that are general and specific, per tuned model, beside what chance would give."""
-    members = _members(sets)
+    members = set_members(sets)
     rows = []
     for model in dict.fromkeys(m for m, _, _ in members):
         total = next(iter(members.values())).shape[0] * (width or next(iter(members.values())).shape[1])
@@ -63,7 +63,7 @@ def _union(members: Mapping[tuple[str, str], np.ndarray], kind: str) -> np.ndarr
 
 def overlap_cells(sets: xr.Dataset) -> list[OverlapCell]:
     """Jaccard overlap of every pair of topics' top sets, averaged over tuned models; chance is k / (2 - k)."""
-    tops = {(model, topic): member for (model, kind, topic), member in _members(sets).items() if kind == "top"}
+    tops = {(model, topic): member for (model, kind, topic), member in set_members(sets).items() if kind == "top"}
     topics = list(dict.fromkeys(topic for _, topic in tops))
     models = list(dict.fromkeys(model for model, _ in tops))
     cells = []
@@ -79,7 +79,7 @@ def layer_rows(sets: xr.Dataset | None, contrast: xr.Dataset | None) -> list[Lay
     """Shares of each layer and quantiles of the score in it; NaN for the half of the store that is missing."""
     share: dict[str, np.ndarray] = {}
     if sets is not None:
-        members = _members(sets)
+        members = set_members(sets)
         models = list(dict.fromkeys(m for m, _, _ in members))
         for kind in ("general", "specific"):
             per_model = [
@@ -106,14 +106,17 @@ def layer_rows(sets: xr.Dataset | None, contrast: xr.Dataset | None) -> list[Lay
     return rows
 
 
+def selected(contrast: xr.Dataset, sets: xr.Dataset | None) -> xr.Dataset:
+    """The statistics at the site and tokens of the sets, or at the first ones."""
+    site = str(sets["site"].values[0]) if sets is not None else str(contrast["site"].values[0])
+    tokens = str(how_found(sets).get("tokens", contrast["tokens"].values[0]))
+    chosen = contrast.sel(site=site, tokens=tokens)
+    return chosen.isel(neuron=slice(0, int(chosen["width"]))) if "width" in chosen.coords else chosen
+
+
 def _score_quantiles(contrast: xr.Dataset, sets: xr.Dataset | None) -> dict[str, np.ndarray]:
     """[quantile, layer] of each score over the neurons of a layer, averaged over tuned models and probe topics."""
-    found = how_found(sets)
-    site = str(sets["site"].values[0]) if sets is not None else str(contrast["site"].values[0])
-    tokens = str(found.get("tokens", contrast["tokens"].values[0]))
-    chosen = contrast.sel(site=site, tokens=tokens)
-    if "width" in chosen.coords:
-        chosen = chosen.isel(neuron=slice(0, int(chosen["width"])))
+    chosen = selected(contrast, sets)
     sums: dict[str, list[np.ndarray]] = {name: [] for name in SCORES}
     for model in chosen["model"].values:  # one model at a time bounds the memory
         one = chosen.sel(model=model)[["rms", "std_base", "n"]].load()

@@ -14,7 +14,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import pnlac_fast
 from pnlac_fast.reporting import intervention, observation, style, wording
 from pnlac_fast.reporting.contents import Contents, read_contents
+from pnlac_fast.reporting.drift import drift
 from pnlac_fast.reporting.judges import scorers
+from pnlac_fast.reporting.model_card import model_card
+from pnlac_fast.reporting.protocol import protocol
 from pnlac_fast.reporting.rows import to_csv
 from pnlac_fast.reporting.sections import Section, Shown
 from pnlac_fast.reporting.stability import stability
@@ -48,8 +51,9 @@ def report(
         A store with any of ``/contrast``, ``/neuron_sets`` and ``/results``; parts that are missing are left out, and
         named at the end of the page with the command that adds them.
     out
-        Folder for ``index.html``, ``tables/`` and ``figures/`` (and ``figures/narrow/``, for telephones); made where
-        needed. Files of an earlier report with the same names are replaced.
+        Folder for ``index.html``, ``tables/``, ``figures/`` (and ``figures/narrow/``, for telephones) and, where models
+        were scored, ``model_card.md``, a section for the card of each; made where needed. Files of an earlier report
+        with the same names are replaced.
     title
         Heading of the page.
     runs
@@ -94,6 +98,9 @@ def write_report(
             pictures[figure.name] = picture
     for table in (t for section in sections for t in section.tables):
         (folder / "tables" / f"{table.name}.csv").write_text(to_csv(table.rows))
+    card = model_card(contents, boots, seed)
+    if card:
+        (folder / "model_card.md").write_text(card, encoding="utf-8")
     environment = Environment(
         loader=PackageLoader("pnlac_fast.reporting", "."),
         autoescape=True,
@@ -111,6 +118,8 @@ def write_report(
         images={name: (inline(p.wide), inline(p.narrow), *size(p.wide)) for name, p in pictures.items()},
         origin=origin_rows(contents),
         synthetic=is_synthetic(contents),
+        card=card,
+        protocol=protocol(contents),
         papers=PAPERS,
         boots=boots,
         seed=seed,
@@ -130,6 +139,7 @@ def build(contents: Contents, boots: int, seed: int) -> list[Section]:
         stability(contents, boots, seed),
         intervention.patching(contents, boots, seed),
         intervention.methods(contents, boots, seed),
+        drift(contents),
         utility(contents, boots, seed),
         scorers(contents, boots, seed),
     ]

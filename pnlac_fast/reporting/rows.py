@@ -107,7 +107,10 @@ class PatchRow:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """Coupling of one method in one comparison ("equal steps" or "equal shift"), over tuned topics and draws."""
+    """Coupling of one method in one comparison, over tuned topics and draws.
+
+    Comparisons are "equal steps", "equal shift", and "as trained": each run at its own end.
+    """
 
     method: str
     comparison: str

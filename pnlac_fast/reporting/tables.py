@@ -167,7 +167,7 @@ def _recovered(
 
 
 def method_rows(training: xr.Dataset, boots: int, seed: int) -> tuple[list[MethodRow], list[PathPoint]]:
-    """Every method against plain tuning of the same topic, at equal steps and at equal on-topic shift, and its path.
+    """Every method beside plain tuning of its topic: at equal steps, at equal on-topic shift, at its end; its path.
 
     Topics whose prompts a KL to base has seen do not count in its coupling, nor in that of the plain run beside it.
     """
@@ -214,6 +214,7 @@ def method_rows(training: xr.Dataset, boots: int, seed: int) -> tuple[list[Metho
         for comparison, mine, theirs in (
             ("equal steps", _at_step(own, steps[run], last), _at_step(ordinary, steps[other], last)),
             ("equal shift", coupling.at_shift(own, at, target), coupling.at_shift(ordinary, at, target)),
+            ("as trained", _final(own, steps[run]), _final(ordinary, steps[other])),
         ):
             kept = coupling.retention(_final(own, steps[run]), _final(ordinary, steps[other]), at)
             sample = (coupling.coupling(mine, at), coupling.reduction(mine, theirs, at), kept)

@@ -18,7 +18,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     store, few = folder / "all.zarr", TOPICS[:3]
     capture(store, few)
     stores.write_sets(store, sets_and_contrast(few, layers=3, width=40)[0])
-    some = {name: METHODS[name] for name in ("plain", "freeze_5", "specific_10")}
+    some = {name: METHODS[name] for name in ("plain", "freeze_5", "freeze_30", "specific_10")}
     results = everything(few, 6).results | {"training": training_result(few, 6, some)}
     for name, result in results.items():
         stores.write_result(store, name, result)

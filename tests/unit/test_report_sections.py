@@ -1,0 +1,206 @@
+"""Sections of the report on results whose true effects are known."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_up_results import (
+    METHODS,
+    TOPICS,
+    agreement_result,
+    classifier_result,
+    curve_result,
+    everything,
+    evidence_result,
+    sets_and_contrast,
+    stance_result,
+    training_result,
+    utility_result,
+)
+
+from pnlac_fast.reporting import style, tables, wording
+from pnlac_fast.reporting.contents import Contents
+from pnlac_fast.reporting.curve import curve_sentences
+from pnlac_fast.reporting.doses import dose_groups, dose_sentence
+from pnlac_fast.reporting.drift import drift, drift_rows, drift_sentence
+from pnlac_fast.reporting.judges import agreement, agreement_sentences, judge_rows, leak_rows, leak_sentences
+from pnlac_fast.reporting.method_shifts import method_shifts
+from pnlac_fast.reporting.model_card import model_card
+from pnlac_fast.reporting.pareto import front, left, pareto
+from pnlac_fast.reporting.protocol import protocol
+from pnlac_fast.reporting.stability import stability_rows, stability_sentences
+from pnlac_fast.reporting.utility import utility_rows, utility_sentences
+
+
+def read_csv(page: Path, name: str) -> list[dict[str, str]]:
+    with (page.parent / "tables" / f"{name}.csv").open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_the_curve_tells_how_few_neurons_recover_half() -> None:
+    rows = tables.patch_rows(curve_result(), 100, 0)
+    assert [round(r.off_topic.value, 1) for r in rows if r.neurons == "general"] == [0.2, 0.6, 0.9]
+    assert curve_sentences(rows)[0].startswith("5\u00a0% of all neurons, the most general ones, recover more than half")
+    few = [r for r in tables.patch_rows(curve_result(), 100, 0) if r.share < 0.04]
+    assert "the most is 20\u00a0% [" in curve_sentences([*few, *few])[0]
+
+
+def test_stability_counts_the_models_that_differ_from_chance() -> None:
+    topics, general, specific, tested, floor, seeds = (  # in the order in which sets are made, from halves to seeds
+        stability_sentences(stability_rows(evidence_result()))[i] for i in (0, 2, 1, 3, 4, 5)
+    )
+    assert "overlap by 0.80, those of two topics by 0.30" in topics
+    assert "in all of 6 tuned models" in topics
+    assert "4\u00a0% of all neurons are specific" in specific
+    assert "fewer in all of 6" in specific
+    assert "6\u00a0% are general" in general
+    assert "as large as that in all of 6" in general
+    assert "90\u00a0% of the top neurons changed" in tested
+    assert re.search(r"is (49|50)\.\d times what rounding", floor)
+    assert "with other seeds overlap by 0.40, random ones by 0.05" in seeds
+
+
+def test_utility_tells_what_became_worse_than_base() -> None:
+    read, answered = utility_sentences(utility_rows(utility_result(), 200, 0))
+    assert read.startswith("6 of 6 tuned models read neutral text worse than base")
+    assert answered.startswith("6 of 6 answer at another length")
+    assert "and 1 refuse more often" in answered
+
+
+def test_judges_are_told_by_errors_agreement_and_leaks() -> None:
+    judged = {"stance_classifier": classifier_result(each=80)}
+    (row,) = judge_rows(judged, 200, 0)
+    assert row.error.value == pytest.approx(0.04, abs=0.02)
+    assert (row.unparsed, row.accuracy) == (0, 0.968)
+    leaks = leak_rows(judged, 200, 0)
+    assert [r.tuned_topic for r in leaks] == list(TOPICS)
+    for leak in leaks:
+        assert leak.names.value == pytest.approx(0.33, abs=0.08)
+        assert leak.base_names.value == 0
+        assert leak.shift_without.value == pytest.approx(leak.shift.value, abs=0.2)
+    assert "moved in 6 of 6 tuned models, and in 6 without" in leak_sentences(leaks)[0]
+    pairs = agreement({"agreement": agreement_result()})
+    assert (pairs[0].scorer, pairs[0].other) == ("logprob", "classifier")
+    assert 0.3 < pairs[0].kappa.value < 1
+    assert wording.estimate(pairs[0].kappa) in agreement_sentences(pairs)[0]
+
+
+def test_the_front_has_what_nothing_else_beats_in_both() -> None:
+    methods = {
+        "plain": (1.0, 1.0, 30, 1.0, 0),
+        "freeze_5": (0.9, 1.1, 30, 0.05, 0),  # moves less and couples more
+        "specific_10": (0.95, 0.2, 80, 0.03, 2),
+        "anchor_5": (0.8, 0.1, 30, 0.05, 0),
+    }
+    rows, paths = tables.method_rows(training_result(each=30, methods=methods, noise=0.0), 100, 0)
+    ends = [r for r in rows if r.comparison == "as trained"]
+    assert [r.method for r in front(ends)] == ["plain", "specific_10", "anchor_5"]
+    specific = next(r for r in ends if r.method == "specific_10")
+    assert left(specific).value == pytest.approx(0.95 * 0.2, abs=1e-6)
+    assert specific.retention.value == pytest.approx(0.95, abs=1e-6)
+    sentence, _ = pareto(rows, paths)
+    assert "train only specific (top 10\u00a0%) keeps 95\u00a0% [95,\u00a095] of the on-topic shift" in sentence
+    assert "random neurons" not in sentence.lower()
+    assert pareto([r for r in rows if r.method == "plain"], paths) is None
+
+
+def test_random_neurons_that_beat_the_front_are_told() -> None:
+    methods = {"plain": (1.0, 1.0, 30, 1.0, 0), "specific_10": (0.9, 0.6, 30, 0.03, 2)}
+    training = training_result(each=30, methods=methods, noise=0.0)
+    lucky = (training["method"] == "specific_random_10").values
+    margin = np.where(lucky[:, None, None], training["margin"] * 1.05, training["margin"])
+    sentence, _ = pareto(*tables.method_rows(training.assign(margin=(training["margin"].dims, margin)), 50, 0))
+    assert sentence.endswith(
+        "But random neurons in place of the chosen ones (train only specific (top 10\u00a0%)) beat one of them in both."
+    )
+
+
+def test_a_dose_is_told_by_intervals_that_do_not_meet() -> None:
+    methods = {
+        "plain": (1.0, 1.0, 30, 1.0, 0),
+        "freeze_1": (1.0, 1.0, 30, 0.01, 0),
+        "freeze_30": (1.0, 0.5, 30, 0.3, 0),
+        "specific_5": (1.0, 0.3, 30, 0.02, 0),
+        "specific_10": (1.0, 0.3, 30, 0.04, 0),
+        "anchor_5": (1.0, 0.3, 30, 0.05, 0),
+    }
+    groups = dose_groups(tables.method_rows(training_result(each=30, methods=methods, noise=0.1), 100, 0)[0])
+    assert {name: [r.method for r in own] for name, own in groups.items()} == {
+        "freeze": ["freeze_1", "freeze_30"],
+        "specific": ["specific_5", "specific_10"],
+    }
+    assert "instead of 1\u00a0% did more: a reduction of " in dose_sentence("freeze", groups["freeze"])
+    assert "was not shown to do more or less" in dose_sentence("specific", groups["specific"])
+
+
+def test_method_shifts_are_those_of_the_last_step_and_differ_from_plain() -> None:
+    training = training_result(TOPICS[:3], 6, {n: METHODS[n] for n in ("plain", "specific_10")})
+    cells = {(c.method, c.tuned_topic, c.probe_topic): c for c in method_shifts(training, 50, 0)}
+    assert len(cells) == 3 * 3 * 3
+    margin, topic = training["margin"].values, training["topic"].values
+    run = next(i for i, m in enumerate(training["method"].values) if m == "specific_10")
+    plain = list(training["method"].values).index("plain")
+    assert training["tuned_topic"].values[run] == training["tuned_topic"].values[plain] == TOPICS[0]
+    last = (margin[[run, plain], -1] - margin[[run, plain], 0])[:, topic == TOPICS[1]].mean(1)
+    cell = cells["specific_10", TOPICS[0], TOPICS[1]]
+    assert cell.shift.value == pytest.approx(last[0])
+    assert cell.difference.value == pytest.approx(last[0] - last[1])
+    assert cells["plain", TOPICS[0], TOPICS[1]].difference.value == 0
+
+
+def held_still(share: float) -> Contents:
+    """A store of a plain model, and of one whose general neurons moved by a share of what they did there."""
+    sets, contrast = sets_and_contrast(TOPICS[:2])
+    general = sets["member"].values[0]
+    rms = contrast["rms"].copy()
+    rms[1] = rms[0] * np.where(general, share, 1)
+    tuned = {
+        TOPICS[0]: {"method": "plain", "tuned_topic": "race"},
+        TOPICS[1]: {"method": "anchor", "tuned_topic": "race"},
+    }
+    return Contents("s", {"provenance": {"tuned": tuned}}, contrast.assign(rms=rms), sets)
+
+
+def test_drift_is_the_change_of_held_neurons_over_that_in_plain_tuning() -> None:
+    (row,) = drift_rows(held_still(0.25))
+    assert (row.model, row.plain, row.method) == (TOPICS[1], TOPICS[0], "anchor")
+    assert tuple(row.drift) == pytest.approx((0.25, 0.25, 0.25), rel=1e-5)
+    sentence = drift_sentence(row)
+    assert "hardly moved: 25\u00a0% [25,\u00a025] of their change there" in sentence
+    assert f"(overlap {row.overlap:.2f}, random {row.chance:.2f})" in sentence
+    assert "still moved: 90" in drift_sentence(drift_rows(held_still(0.9))[0])
+    section = drift(held_still(0.25))
+    assert [figure.name for figure in section.figures] == ["drift"]
+    assert len(section.figures[0].draw(style.NARROW).axes) == 2
+
+
+def test_the_model_card_says_what_moved_and_survives_hostile_names(full: tuple[Path, Path], tmp_path: Path) -> None:
+    card = (full[1].parent / "model_card.md").read_text(encoding="utf-8")
+    assert card.count("## Political stance of ") == 3
+    assert "Crime and gun (tuned on)" in card
+    assert "(2 of 2) moved with their whole 95 % interval" in card
+    shift = next(r for r in read_csv(full[1], "shift") if r["tuned_topic"] == r["probe_topic"] == TOPICS[0])
+    assert f"| {wording.number(float(shift['shift']), signed=True)} [" in card
+    assert "## Political stance of crime_and_gun" in full[1].read_text(encoding="utf-8")
+    bad = ("a|b", "<script>x", "[y](http://z)")
+    contents = Contents(name="s", info={}, results={"stance": stance_result(bad, 4)})
+    text = model_card(contents, 20, 0)
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "topic" not in line and "---" not in line]
+    assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {5}
+    assert "<script" not in text
+    assert "[y](http" not in text
+
+
+def test_the_methods_paragraph_says_only_what_the_store_does() -> None:
+    assert protocol(Contents("s", {})) == []
+    whole = everything(TOPICS[:3], 6)
+    text = " ".join(protocol(whole))
+    assert "ranked by rms. The top 10\u00a0% of all neurons" in text
+    assert "beside five random sets" in text
+    assert "Stance was scored on 18 questions, by paired log-probability of the completions and the judge" in text
+    same = Contents("s", {}, results={"stance": whole.results["stance"]}, keys=frozenset([f"{0:016x}"]))
+    assert protocol(same)[0].startswith("Stance was scored on 18 questions, 1 of them also located on")
