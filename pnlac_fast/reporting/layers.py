@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -76,6 +77,28 @@ def draw_scores(rows: Sequence[LayerRow], width: float) -> Figure:
         _layer_axis(axes, layers)
     if not wide:
         panels[0].set_xlabel("")
+    return figure
+
+
+def draw_rankings(share: xr.DataArray, width: float) -> Figure:
+    """Share of each layer in top sets and in general ones, (layer_score, kind, layer), by two rankings."""
+    wide = style.is_wide(width)
+    figure = style.new_figure(width, 3.0 if wide else 4.9)
+    panels = figure.subplots(1, 2) if wide else figure.subplots(2, 1, sharex=True)
+    layers = np.asarray(share["layer"].values if "layer" in share.coords else range(share.sizes["layer"]))
+    looks = (("rms", "by raw change", "#4A6E8A", -0.19), ("std_rms", "in units of the spread", "#C4512D", 0.19))
+    for axes, (kind, title) in zip(panels, (("top", "In a top set"), ("general", "In all top sets")), strict=True):
+        for score, label, tint, offset in looks:
+            axes.bar(layers + offset, share.sel(kind=kind, layer_score=score).values, 0.36, color=tint, label=label)
+        axes.axhline(float(share.sel(kind=kind).mean()), color=style.INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.yaxis.set_major_formatter(lambda value, _: style.percent(value))
+        axes.set_title(title)
+        _layer_axis(axes, layers)
+    panels[0].set_ylabel("share of the layer\u2019s neurons")
+    if not wide:
+        panels[0].set_xlabel("")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 if wide else 1, frameon=False, fontsize=8.5)
     return figure
 
 

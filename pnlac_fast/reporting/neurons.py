@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from pnlac_fast.chance import overlap
 from pnlac_fast.neurons import jaccard
-from pnlac_fast.reporting.rows import GeneralRow, LayerRow, OverlapCell
+from pnlac_fast.reporting.rows import GeneralRow, LayerRow, ModelPair, OverlapCell
 from pnlac_fast.scores import scores
 
 QUANTILES = (0.5, 0.95)
@@ -73,6 +75,13 @@ def overlap_cells(sets: xr.Dataset) -> list[OverlapCell]:
             k = float(np.mean([x.mean() for pair in pairs for x in pair]))
             cells.append(OverlapCell(a, b, float(np.mean([jaccard(*pair) for pair in pairs])), k / (2 - k)))
     return cells
+
+
+def model_cells(sets: xr.Dataset) -> list[ModelPair]:
+    """Overlap of the general sets of every pair of tuned models."""
+    general = {model: member for (model, kind, _), member in set_members(sets).items() if kind == "general"}
+    pairs = itertools.combinations(general, 2)
+    return [ModelPair(a, b, *overlap(general[a], general[b])[:3]) for a, b in pairs]
 
 
 def layer_rows(sets: xr.Dataset | None, contrast: xr.Dataset | None) -> list[LayerRow]:

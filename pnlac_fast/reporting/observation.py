@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from pnlac_fast.reporting import heatmaps, neurons, style, tables, wording
 from pnlac_fast.reporting import layers as layer_figures
 from pnlac_fast.reporting.contents import Contents
-from pnlac_fast.reporting.rows import CouplingRow, ShiftCell
+from pnlac_fast.reporting.rows import CouplingRow, ModelPair, ShiftCell
 from pnlac_fast.reporting.sections import Section, Shown, Table, absent, unit_of
 
 
@@ -20,6 +21,7 @@ def shift(contents: Contents, boots: int, seed: int) -> Section:
     if stance is None or stance.sizes["run"] < 2:
         return absent(key, title, "pnlac-fast score")
     unit = unit_of(stance)
+    (_, stance), *opposite = tables.by_side(stance)
     cells, table = tables.shift_rows(stance, boots, seed)
     sentences = wording.shift_sentences(cells, table, unit)
     finding = sentences[0] if sentences else "Shift of every probe topic."
@@ -31,7 +33,24 @@ def shift(contents: Contents, boots: int, seed: int) -> Section:
         lambda width: heatmaps.draw_shift(cells, width, unit),
     )
     shown = [_coupling_table(table, unit)] if table else []
-    return Section(key, title, sentences, [figure], [*shown, _shift_table(cells, unit)])
+    figures, shown = [figure], [*shown, _shift_table(cells, unit)]
+    for side, control in opposite:
+        other, rows = tables.shift_rows(control, boots, seed)
+        told, against, every = _control(side, other, rows, unit)
+        sentences, figures, shown = [*sentences, told], [*figures, against], [*shown, every]
+    return Section(key, title, sentences, figures, shown)
+
+
+def _control(side: str, cells: Sequence[ShiftCell], rows: Sequence[CouplingRow], unit: str) -> tuple[str, Shown, Table]:
+    """What models tuned to the opposite side did: their sentence, heat map and table."""
+    moved = wording.control_sentence(side, cells)
+    figure = Shown(
+        f"shift_{side}",
+        f"{moved} The same questions, models tuned {side}.",
+        f"Heat map of the shift after tuning {side}. " + _cell_text(cells, unit),
+        lambda width: heatmaps.draw_shift(cells, width, unit),
+    )
+    return moved, figure, replace(_shift_table(cells, unit), name=f"shift_{side}", caption=f"Every cell, tuned {side}")
 
 
 def _cell_text(cells: Sequence[ShiftCell], unit: str) -> str:
@@ -121,6 +140,22 @@ def layers(contents: Contents) -> Section:
         )
     else:
         lacking.append(("the score by layer", "pnlac-fast cache"))
+    evidence = contents.results.get("evidence")
+    if evidence is not None:
+        share = evidence["layer_share"].mean("model")
+        told = wording.scale_sentence(share)
+        figures.append(
+            Shown(
+                "sets_by_layer",
+                f"{told} Share of each layer in the top sets, and in all of them, when neurons are ranked by their raw "
+                "change and by their change in units of their own spread; dashes: the same share in every layer.",
+                f"Share of each layer by ranking. {told}",
+                lambda width: layer_figures.draw_rankings(share, width),
+            )
+        )
+        sentences = [*sentences, told]
+    else:
+        lacking.append(("neurons by layer, ranked raw and scale-normalised", "pnlac-fast locate --evidence"))
     header = ["Layer", "General", "Specific", "rms, median", "95th pct.", "rms / std, median", "95th pct."]
     cells = [
         [str(r.layer), style.percent(r.general), style.percent(r.specific)]
@@ -150,6 +185,11 @@ def overlap(contents: Contents) -> Section:
         f"Matrix of Jaccard overlaps between topics, {min(between):.2f} to {max(between):.2f}, chance {chance:.3f}.",
         lambda width: heatmaps.draw_overlap(cells, general, width),
     )
+    pairs = neurons.model_cells(contents.sets)
+    sentences, shown_tables = [finding], []
+    if pairs:
+        sentences.append(wording.model_sentence(pairs))
+        shown_tables.append(_model_table(pairs))
     header = ["Tuned model", "Top set", "General", "by chance", "Specific", "by chance"]
     shown = [
         [style.pretty(r.model)]
@@ -168,4 +208,15 @@ def overlap(contents: Contents) -> Section:
         words=2,
         folded=True,
     )
-    return Section(key, title, [finding], [figure], [Table("general", caption, header, shown, general), extra])
+    tables_ = [Table("general", caption, header, shown, general), extra, *shown_tables]
+    return Section(key, title, sentences, [figure], tables_)
+
+
+def _model_table(pairs: Sequence[ModelPair]) -> Table:
+    header = ["Tuned model", "Other model", "Jaccard", "Random", "97.5 % of random"]
+    cells = [
+        [style.pretty(p.model), style.pretty(p.other), *(f"{v:.3f}" for v in (p.jaccard, p.chance, p.chance_high))]
+        for p in pairs
+    ]
+    caption = "General sets of every pair of tuned models, beside random sets with the same counts in every layer"
+    return Table("model_overlap", caption, header, cells, pairs, words=2, folded=True)

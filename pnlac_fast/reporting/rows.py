@@ -77,6 +77,17 @@ class OverlapCell:
 
 
 @dataclass(frozen=True)
+class ModelPair:
+    """Jaccard overlap of the general sets of two tuned models; random sets: mean and 97.5 % quantile, by layer."""
+
+    model: str
+    other: str
+    jaccard: float
+    chance: float
+    chance_high: float
+
+
+@dataclass(frozen=True)
 class GeneralRow:
     """How many neurons of one tuned model are general and how many chance alone would give, as shares of all."""
 

@@ -90,6 +90,22 @@ def shift_rows(stance: xr.Dataset, boots: int, seed: int) -> tuple[list[ShiftCel
     return cells, table
 
 
+def by_side(dataset: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
+    """The base model with the models tuned to each side, most models first, so that no average mixes opposite shifts.
+
+    Models whose side is not known stand with the first.
+    """
+    sides, base = texts(dataset, "side"), _base_run(dataset)
+    found = sorted({s for i, s in enumerate(sides) if s and i != base}, key=lambda s: (-sides.count(s), s != "right"))
+    if len(found) < 2:
+        return [("".join(found), dataset)]
+    parts = []
+    for side in found:
+        taken = (side, "") if side == found[0] else (side,)
+        parts.append((side, dataset.isel(run=[i for i, s in enumerate(sides) if i == base or s in taken])))
+    return parts
+
+
 def _coupling_draws(shift: np.ndarray, runs: list[int], at: int) -> tuple[np.ndarray, ...]:
     own = [shift[:, i] for i in runs]
     return (
@@ -275,10 +291,11 @@ def scorer_name(scorer: str) -> str:
 def score_rows(results: Mapping[str, xr.Dataset], boots: int, seed: int) -> list[ScoreRow]:
     """Stance S = (R - L) / (R + L + N) per probe topic and scorer: base, tuned on it, tuned on another topic."""
     rows = []
-    for name, dataset in results.items():
+    for name, whole in results.items():
         if name != "stance" and not name.startswith("stance_"):
             continue
-        scorer = scorer_name(str(dataset.attrs.get("scorer", "logprob" if name == "stance" else name[7:])))
+        scorer = scorer_name(str(whole.attrs.get("scorer", "logprob" if name == "stance" else name[7:])))
+        dataset = by_side(whole)[0][1]
         draws, order = _stances(dataset, boots, seed, measure="S")
         values = _values(dataset)
         base, tuned, methods = _base_run(dataset), texts(dataset, "tuned_topic"), texts(dataset, "method")

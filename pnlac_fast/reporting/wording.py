@@ -5,8 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+import xarray as xr
+
 from pnlac_fast.reporting import style
-from pnlac_fast.reporting.rows import CouplingRow, Estimate, GeneralRow, MethodRow, PatchRow, ShiftCell
+from pnlac_fast.reporting.rows import (
+    CouplingRow,
+    Estimate,
+    GeneralRow,
+    MethodRow,
+    ModelPair,
+    PatchRow,
+    ShiftCell,
+)
 
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 FLAT = 0.10  # an interval that holds zero and stays within ±10 % is called no clear change, a wider one undecided
@@ -92,6 +103,33 @@ def neuron_sentences(rows: Sequence[GeneralRow]) -> list[str]:
         f"all {count(rows[0].topics)} topics; independent top sets would share {style.percent(chance)}."
     )
     return [text + " A large overlap is no proof of a political function by itself; patching is the test."]
+
+
+def control_sentence(side: str, cells: Sequence[ShiftCell]) -> str:
+    """Whether tuning to the other side moves the other topics that way: the control that tells leaning from noise."""
+    way = 1 if side == "right" else -1
+    off = [c for c in cells if c.tuned_topic != c.probe_topic]
+    same, against = (sum(c.shift.sign == s for c in off) for s in (way, -way))
+    text = f"Tuned {side} instead, {same} of {len(off)} off-topic cells moved {side} with their whole interval"
+    return text + (f", {against} the opposite way." if against else ".")
+
+
+def model_sentence(pairs: Sequence[ModelPair]) -> str:
+    """How far tuned models agree on which neurons are general, beside random sets."""
+    mean, chance = (sum(v) / len(pairs) for v in zip(*((p.jaccard, p.chance) for p in pairs), strict=True))
+    more = sum(p.jaccard > p.chance_high for p in pairs)
+    return (
+        f"The general sets of two tuned models overlap by {mean:.2f}, random ones with the same counts in every layer "
+        f"by {chance:.2f}; more than those in {more} of {len(pairs)} pairs."
+    )
+
+
+def scale_sentence(share: xr.DataArray) -> str:
+    """In which layer general neurons are most frequent, ranked raw and in units of their own spread."""
+    general = share.sel(kind="general")
+    raw, scaled = (int(np.argmax(general.sel(layer_score=s).values)) for s in ("rms", "std_rms"))
+    told = f"also in layer {raw}" if raw == scaled else f"in layer {scaled} instead, so the layer is a matter of scale"
+    return f"General neurons ranked by raw change are most frequent in layer {raw}; in units of their spread, {told}."
 
 
 def patch_sentences(rows: Sequence[PatchRow]) -> list[str]:

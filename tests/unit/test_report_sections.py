@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,10 @@ from made_up_results import (
     stance_result,
     training_result,
     utility_result,
+    words,
 )
 
-from pnlac_fast.reporting import style, tables, wording
+from pnlac_fast.reporting import neurons, style, tables, wording
 from pnlac_fast.reporting.contents import Contents
 from pnlac_fast.reporting.curve import curve_sentences
 from pnlac_fast.reporting.doses import dose_groups, dose_sentence
@@ -30,6 +32,7 @@ from pnlac_fast.reporting.drift import drift, drift_rows, drift_sentence
 from pnlac_fast.reporting.judges import agreement, agreement_sentences, judge_rows, leak_rows, leak_sentences
 from pnlac_fast.reporting.method_shifts import method_shifts
 from pnlac_fast.reporting.model_card import model_card
+from pnlac_fast.reporting.observation import shift
 from pnlac_fast.reporting.pareto import front, left, pareto
 from pnlac_fast.reporting.protocol import protocol
 from pnlac_fast.reporting.stability import stability_rows, stability_sentences
@@ -204,3 +207,41 @@ def test_the_methods_paragraph_says_only_what_the_store_does() -> None:
     assert "Stance was scored on 18 questions, by paired log-probability of the completions and the judge" in text
     same = Contents("s", {}, results={"stance": whole.results["stance"]}, keys=frozenset([f"{0:016x}"]))
     assert protocol(same)[0].startswith("Stance was scored on 18 questions, 1 of them also located on")
+
+
+def test_models_tuned_to_the_other_side_are_a_control_of_their_own() -> None:
+    right = stance_result(TOPICS[:3], 30)
+    base, tuned = right["margin"].values[:1], right["margin"].values[1:]
+    both = right.isel(run=[0, 1, 2, 3, 1, 2, 3]).assign_coords(side=("run", words(["", *["right"] * 3, *["left"] * 3])))
+    both["margin"] = (("run", "question"), np.concatenate([base, tuned, 2 * base - tuned]))
+    (main, alone), (other, control) = tables.by_side(both)
+    assert (main, other) == ("right", "left")
+    assert tables.shift_rows(alone, 50, 0) == tables.shift_rows(right, 50, 0)
+    cells, _ = tables.shift_rows(control, 50, 0)
+    assert wording.control_sentence("left", cells) == (
+        "Tuned left instead, 6 of 6 off-topic cells moved left with their whole interval."
+    )
+    section = shift(Contents("s", {}, results={"stance": both}), 50, 0)
+    assert [f.name for f in section.figures] == ["shift", "shift_left"]
+    assert [t.name for t in section.tables] == ["coupling", "shift", "shift_left"]
+    assert "moved the two others by 0." in section.sentences[0]
+
+
+def test_overlap_of_tuned_models_is_beside_that_of_random_sets() -> None:
+    sets, _ = sets_and_contrast()
+    pairs = neurons.model_cells(sets)
+    assert len(pairs) == 15
+    member = sets["member"].values[sets["kind"].values == "general"]
+    assert pairs[0].jaccard == (member[0] & member[1]).sum() / (member[0] | member[1]).sum()
+    assert "in 0 of 15 pairs" not in wording.model_sentence([replace(p, jaccard=1.0) for p in pairs])
+    assert "more than those in 0 of 15 pairs" in wording.model_sentence([replace(p, jaccard=0.0) for p in pairs])
+
+
+def test_the_layer_of_general_neurons_may_be_a_matter_of_scale() -> None:
+    share = evidence_result()["layer_share"].mean("model") * 0
+    raw, scaled = (share.copy(), share.copy())
+    raw.loc[{"layer": 3}] = 0.5
+    assert "most frequent in layer 3; in units of their spread, also in layer 3." in wording.scale_sentence(raw)
+    scaled.loc[{"layer": 3, "layer_score": "rms"}] = 0.5
+    scaled.loc[{"layer": 1, "layer_score": "std_rms"}] = 0.5
+    assert "layer 3; in units of their spread, in layer 1 instead" in wording.scale_sentence(scaled)
