@@ -50,6 +50,10 @@ def attribute(
         Questions with pairs of completions.
     store
         Where the result is written, as ``/results/attribution``.
+    site
+        Whose neurons.
+    template
+        What the model is asked: a text with ``{instruction}``.
     normalise
         "token" or "sum": see :func:`pnlac_fast.stance.margins`.
     batch_tokens

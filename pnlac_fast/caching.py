@@ -83,6 +83,9 @@ def cache(
     raw_dtype, raw_layers, raw_neurons
         How to keep them: "float32", "float16", "bfloat16", or the model's own ("auto"); of these layers only; of the
         neurons of these sets, or of a neuron file, only.
+    template, count_template
+        What the models are asked, a text with ``{instruction}`` and, where wanted, ``{topic}`` (it may be that of the
+        tokenizer's chat, see :data:`pnlac_fast.prompts.CHAT`); and whether its own words count as prompt.
     side
         Which completions are read where "completion" or "all" is asked for: "right", "left" or "both".
     batch_tokens, unit_tokens

@@ -48,6 +48,11 @@ def dry_run(model: Model) -> None:
 def self_check(model: Model) -> dict[str, Any]:
     """Try on a model, in a few passes over short random texts, what every command takes for granted.
 
+    Parameters
+    ----------
+    model
+        From :func:`pnlac_fast.load_model` or :func:`pnlac_fast.loading.from_hf`.
+
     Returns
     -------
     dict

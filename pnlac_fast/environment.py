@@ -24,6 +24,12 @@ def env(model: str | Path | Model | None = None) -> dict[str, Any]:
     model
         Also load this model, and try it: see :func:`pnlac_fast.checkup.self_check`.
 
+    Returns
+    -------
+    dict
+        "pnlac-fast" and every package it runs on, by name: versions; ``threads``, ``devices``, ``engines``; and with a
+        model ``model``, its origin and what the check found.
+
     Raises
     ------
     UserError

@@ -94,6 +94,10 @@ def generate(
 
     Parameters
     ----------
+    model, tuned
+        The base model, and tuned ones by name, as for :func:`pnlac_fast.cache`.
+    data
+        Questions, or a path that :func:`pnlac_fast.load_questions` reads. Their completions are not read.
     patches
         Files that ``pnlac-fast patch --save`` wrote, by the names under which the patched models answer. Each is
         applied to the one of the models that it was made for.
@@ -102,12 +106,20 @@ def generate(
     sheet, sheet_rows
         Write a CSV sheet of all, or so many, answers for people to label, without model names and in random order
         (see :func:`pnlac_fast.judges.sheet.write_sheet`).
+    template, batch_tokens
+        What the models are asked, and how many padded tokens one pass has.
+    max_new_tokens, temperature, seed
+        Longest answer; 0 is greedy, else answers are sampled from this seed.
 
     Returns
     -------
     list of dict
         ``model`` ("base", or the name of the tuned or patched model), ``topic``, ``key``, ``instruction``, ``answer``.
-        See :func:`answers` for the other parameters.
+
+    Raises
+    ------
+    UserError
+        Two models have one name, or a patch was made for none of them.
     """
     questions = as_questions(data)
     base, others = open_models(model, tuned or {})

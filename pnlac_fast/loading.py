@@ -59,6 +59,11 @@ def load_model(
         Path of the MLP's last projection in a block, such as "mlp.down_proj", for architectures that are not
         recognised; of experts that of their module, such as "mlp.experts".
 
+    Returns
+    -------
+    Model
+        Checked by :func:`pnlac_fast.checkup.dry_run`: every site runs once in every layer.
+
     Raises
     ------
     UserError
@@ -130,6 +135,11 @@ def from_hf(hf: Any, tokenizer: Any, *, name: str = "", last_projection: str | N
     last_projection
         As for :func:`load_model`.
 
+    Returns
+    -------
+    Model
+        As :func:`load_model` returns it; ``hf`` is what was given.
+
     Raises
     ------
     UserError
@@ -156,6 +166,20 @@ def load_tuned(base: Model, source: str | Path, *, name: str | None = None) -> M
     Files of neuron slices make a model that shares all other weights with ``base``: "a/neuron_slices.safetensors", or
     several as "a.safetensors+b.safetensors", and "sum:a.safetensors+b.safetensors" to add up the changes of neurons
     that they have in common (:func:`pnlac_fast.slice_file.stack_slices`).
+
+    Parameters
+    ----------
+    base
+        The model that it was tuned from.
+    source
+        Directory or hub id of an adapter or a checkpoint, or files of slices.
+    name
+        Name to use in stores; default: the last part of ``source``.
+
+    Returns
+    -------
+    Model
+        Sharing its weights with ``base``, unless it is a full checkpoint.
 
     Raises
     ------

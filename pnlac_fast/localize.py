@@ -68,6 +68,8 @@ def locate(
     model, tuned, data, template, normalise, batch_tokens
         What attribution and sides, and the noise floor of the evidence, are computed from. Without ``model``, what an
         earlier call left in the store.
+    out
+        JSON file for all sets, see :func:`pnlac_fast.neurons.save_sets`.
     evidence, draws, seed
         Also write nulls and stability of the sets, as ``/results/evidence``: see
         :func:`pnlac_fast.evidence.evidence`. With a model and data, with the noise floor too.

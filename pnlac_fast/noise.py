@@ -47,10 +47,14 @@ def noise_floor(
     ----------
     model
         The base model. A wider copy of its weights is held meanwhile.
+    data
+        Questions.
     store
         Where the result is written, as ``/results/noise_floor``.
-    tokens
-        Which positions count; "last" and "prompt" need no completions.
+    site, tokens
+        Which activations, and at which positions; "last" and "prompt" need no completions.
+    template, batch_tokens
+        What the model is asked, and how many tokens one pass has.
 
     Returns
     -------

@@ -68,6 +68,8 @@ def patch(
         The base model, and tuned ones whose topic is known (tuned by ``pnlac-fast finetune``, or named by it).
     neurons
         Neuron sets by name, or the file that :func:`pnlac_fast.locate` wrote.
+    data
+        Questions with pairs of completions, none of those that were tuned or located on.
     store
         Where the mean and shift patches take their means from, and what ``shares`` rank neurons by; the result is
         written there, as ``/results/patching``, with ``shares`` as ``/results/patching_curve``.
@@ -89,8 +91,10 @@ def patch(
         own activation times ``scale``.
     draws
         Random sets of either kind.
-    boots
-        Resamples of the questions behind the intervals.
+    boots, seed
+        Resamples of the questions behind the intervals, and the seed of these and of the random sets.
+    template, normalise, batch_tokens
+        As for :func:`pnlac_fast.stance.margins`.
     max_new_tokens
         Above 0: also let each patched model answer, its patched logits choosing every token (variable ``answer``).
     training_data
@@ -107,6 +111,14 @@ def patch(
         :func:`pnlac_fast.recovery.recovered`). Coordinates of run: ``tuned_topic``, ``model``, ``neurons`` ("none" and
         "tuned": the unpatched model that is patched, and the one the activations come from), ``direction``, ``kind``,
         ``draw`` (-1 where not random), ``count``, ``share``.
+
+    Raises
+    ------
+    UserError
+        A set is empty or of another model, a tuned topic is not known, questions lack pairs, or what is asked for needs
+        a store, or answers, that are not there.
+    RuntimeError
+        A patched layer did not run in every pass, so that the result would not be what it says.
     """
     questions = paired(as_questions(data))
     for what, given, known in (("patch", kinds, KINDS), ("direction", directions, DIRECTIONS), ("set", sets, ALL_SETS)):

@@ -86,6 +86,10 @@ def score(
 
     Parameters
     ----------
+    model, tuned
+        The base model, and tuned ones by name, as for :func:`pnlac_fast.cache`.
+    data
+        Questions, or a path that :func:`pnlac_fast.load_questions` reads; "logprob" needs pairs of completions.
     scorer
         "logprob": paired log-probability of the questions' completions (see :func:`pnlac_fast.stance.margins`). Or a
         judge, by name (see :mod:`pnlac_fast.judges`) or opened: the models answer, and it labels the answers right,
@@ -99,6 +103,10 @@ def score(
         What :func:`pnlac_fast.generate` returned or wrote, to be labelled instead of new answers.
     max_new_tokens, temperature, seed
         How new answers are generated; temperature 0 is greedy.
+    template, batch_tokens
+        What the models are asked, and how many padded tokens one pass has.
+    normalise
+        Of log-probabilities, "token" or "sum": see :func:`pnlac_fast.stance.margins`.
 
     Returns
     -------

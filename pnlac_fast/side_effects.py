@@ -74,12 +74,16 @@ def utility(
 
     Parameters
     ----------
+    model, tuned
+        The base model, and tuned ones by name, as for :func:`pnlac_fast.cache`.
     text
         Neutral passages, or a file with one in each line.
     answers
         What :func:`pnlac_fast.generate` returned or wrote, of the same models.
     store
         Write the result into this store too, as ``/results/utility``.
+    batch_tokens
+        Padded tokens of one forward pass.
 
     Returns
     -------

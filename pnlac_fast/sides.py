@@ -45,8 +45,16 @@ def contrast_sides(
 
     Parameters
     ----------
+    model
+        The model, tuned or not.
+    data
+        Questions with completions of both sides.
     store
         Where the result is written, as ``/results/sides``; made where there is none.
+    sites
+        Which activations: "mlp_mid", "mlp_out", "resid".
+    template, batch_tokens
+        What the model is asked, and how many tokens one pass has.
 
     Returns
     -------

@@ -128,6 +128,11 @@ def slice_neurons(model: Model | nn.Module, neurons: NeuronSet) -> Slices:
     neurons
         Neurons of site ``mlp_mid`` or ``mlp_out``.
 
+    Returns
+    -------
+    Slices
+        The new parameters, and the way back: ``merge()``.
+
     Raises
     ------
     UserError

@@ -126,6 +126,17 @@ def finetune(
         Default: 1e-4 for LoRA, 1e-5 for full.
     batch_size, accumulation
         Completions per optimizer step, and in how many parts they are run.
+    warmup_steps, weight_decay, max_grad_norm
+        Of the optimizer: steps until the learning rate is reached, decay of the weights, and the norm to which longer
+        gradients are shortened, 0 for never.
+    lora_rank, lora_alpha, lora_dropout, target_modules
+        Of the LoRA; PEFT's names of modules, or "all-linear", which InhibitFT needs at least for the MLPs.
+    gradient_checkpointing
+        Recompute activations in the backward pass, to save memory.
+    template
+        What the model is asked: a text with ``{instruction}`` and, where wanted, ``{topic}``.
+    seed
+        Of the order of the rows, of the LoRA's first weights, and of what the modes sample.
     inhibit, inhibit_mode
         Neurons, or neurons by mode, and what to do with them; modes that go together may be combined, as "anchor,kl".
         "freeze" them, or train only them ("specific"), see :class:`pnlac_fast.inhibition.InhibitFT`; "anchor" their
@@ -155,6 +166,11 @@ def finetune(
         Keep a checkpoint every so many steps in ``<out>.partial``, from which the same call resumes.
     overwrite
         Replace ``out``, and drop an interrupted run with other settings.
+
+    Returns
+    -------
+    FineTune
+        The tuned model, where it was written, and its trajectory.
 
     Raises
     ------

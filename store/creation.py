@@ -130,6 +130,13 @@ def open_writer(
 def create_results(path: Location, *, provenance: dict[str, Any] | None = None) -> None:
     """Make a store for results only at `path`, or mend one; where a capture is already, leave it as it is.
 
+    Parameters
+    ----------
+    path : path, URL or zarr Store
+        Where.
+    provenance : dict, optional
+        JSON values that say where the results come from.
+
     Raises
     ------
     StoreError
@@ -276,7 +283,7 @@ def _selected(layout: Layout, selected: Mapping[str, npt.NDArray[np.int32]] | No
 
 
 def describe_selected(selected: Mapping[str, npt.NDArray[np.int32]]) -> dict[str, list[Any]]:
-    """Return what `Raw.neurons` says of chosen neurons: how many, and the SHA-256 of their (layer, neuron) list."""
+    """Return what `Raw.neurons` says of `selected` neurons: how many, and the SHA-256 of their (layer, neuron) list."""
     return {site: [len(pairs), fingerprint(np.asarray(pairs).tolist())] for site, pairs in selected.items()}
 
 

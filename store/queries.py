@@ -211,6 +211,11 @@ def with_text(rows: Rows, examples: xr.Dataset) -> Rows:
     examples : Dataset
         What `open_examples` returns for the same store.
 
+    Returns
+    -------
+    Dataset or DataArray
+        The rows with `instruction` and `key`, text (token).
+
     Examples
     --------
     >>> with_text(neuron(rows, 3, 1207), open_examples("run.zarr")).to_dataframe()

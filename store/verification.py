@@ -67,7 +67,7 @@ def verify(path: Location) -> list[Finding]:
 
 
 def certify(report: Mapping[str, Any]) -> None:
-    """Raise StoreError where the findings in what `info` returned are more than leftovers."""
+    """Raise StoreError where the findings in `report`, which `info` returned, are more than leftovers."""
     found = report.get("findings", [])
     damaged, foreign = ([f for f in found if f["kind"] == kind] for kind in ("damaged", "foreign"))
     if damaged:
