@@ -93,6 +93,12 @@ class KLToBase(Penalty):
         Texts for each part of a batch.
     seed
         Of their order, in which each comes once before any comes again.
+
+    Notes
+    -----
+    On the project's testbed (four runs, answers to prompts of two other topics, weight 1) the on-topic shift stayed
+    (96 to 100 %), and coupling to the topics without a prompt fell by 21 to 30 % where that shift is 80 % of plain
+    tuning's; with prompts of all topics it fell by 76 to 91 %, judged on these same topics (two runs).
     """
 
     name = "kl"
