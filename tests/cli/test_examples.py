@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -15,7 +16,7 @@ import pytest
 import torch
 import xarray as xr
 
-from pnlac_fast.datasets import Question, save_questions
+from pnlac_fast.datasets import Question, load_questions, save_questions
 from pnlac_fast.generation import answers
 from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.neurons import load_sets
@@ -65,6 +66,21 @@ def test_query(cli, world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     share = (mean**2)[member].sum() / (mean**2).sum()
     said = next(line for line in lines if "race/general " in line)
     assert f"{share:.1%} of the change in  {member.mean():.1%}" in said
+
+
+def test_query_of_stance(cli, world: Path, base, tuned, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = shutil.copytree(world / "run.zarr", tmp_path / "run.zarr")
+    assert cli("score", *base, *tuned, "--store", store).code == 0
+    cli("locate", store)
+    runpy.run_path(str(EXAMPLES / "query.py"))["main"]([str(store), "--neurons", "2"])
+    printed = capsys.readouterr().out.split("moved furthest from base, in nats\n")[1].splitlines()
+    margin = xr.open_zarr(store, group="results/stance").load()
+    shift = (margin["margin"][1] - margin["margin"][0]).values
+    furthest = np.argsort(-abs(shift))[:2]
+    keys = {q.key: q.instruction for q in load_questions(world / "data")}
+    assert [line.strip() for line in printed] == [
+        f"{shift[i]:+.3f}  {keys[str(margin['key'].values[i])]}" for i in furthest
+    ]
 
 
 def test_query_needs_no_torch() -> None:
