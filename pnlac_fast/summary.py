@@ -21,7 +21,7 @@ def summary(result: xr.Dataset, *, measure: str = "margin", boots: int = BOOTS, 
     Each record holds ``scorer``, ``model``, ``tuned_topic``, ``stance`` {topic: [estimate, low, high]}, and
     ``unlabelled``, the share of questions without a side, which count in the denominator of S. Tuned models have
     ``shift`` by topic; where the tuned topic is known, ``coupling`` and ``coupling_ratio``; and where a model of the
-    same topic was tuned plainly, ``reduction`` and ``retention`` against it at the end of training.
+    same topic and side was tuned plainly, ``reduction`` and ``retention`` against it at the end of training.
 
     What a judge said has more: ``unparsed``, the share of answers for which no label could be had; ``log_odds`` and
     ``log_odds_shift``, the paired log-probability beside it, in nats; and ``off_topic``, the mean over topics that were
@@ -45,7 +45,6 @@ def summary(result: xr.Dataset, *, measure: str = "margin", boots: int = BOOTS, 
     methods = [str(m) for m in result["method"].values]
     base = names.index("base")
     shifts = draws - draws[:, [base]]
-    plain = {t: i for i, (t, m) in enumerate(zip(tuned, methods, strict=True)) if t and m in ("", "plain")}
     log_odds = None
     if "log_odds" in result:
         log_odds = coupling.stances(
@@ -54,6 +53,8 @@ def summary(result: xr.Dataset, *, measure: str = "margin", boots: int = BOOTS, 
 
     ceiling = completions(result, weights, order)
     sides = [str(s) for s in result["side"].values] if "side" in result.coords else [""] * len(names)
+    ordinary = [i for i, method in enumerate(methods) if tuned[i] and method in ("", "plain")]
+    plain = {(tuned[i], sides[i]): i for i in reversed(ordinary)}
 
     def by_topic(samples: np.ndarray) -> dict[str, list[float]]:
         return {topic: _triple(samples[:, i]) for i, topic in enumerate(order)}
@@ -75,7 +76,7 @@ def summary(result: xr.Dataset, *, measure: str = "margin", boots: int = BOOTS, 
             at, own = order.index(tuned[i]), shifts[:, i]
             record["coupling"] = _triple(coupling.coupling(own, at))
             record["coupling_ratio"] = _triple(coupling.coupling_ratio(own, at))
-            if (reference := plain.get(tuned[i], i)) != i:
+            if (reference := plain.get((tuned[i], sides[i]), i)) != i and i not in ordinary:
                 record["reduction"] = _triple(coupling.reduction(own, shifts[:, reference], at))
                 record["retention"] = _triple(coupling.retention(own, shifts[:, reference], at))
             if ceiling is not None and sides[i] in SIDES:

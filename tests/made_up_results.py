@@ -311,9 +311,12 @@ def capture(path: Path, topics: tuple[str, ...] = TOPICS, layers: int = 3, width
     widths = {"mlp_mid": width}
     layout = stores.Layout(topics, topics, ("mlp_mid",), ("last",), layers, widths, units, stores.NO_RAW, {})
     names = [t for t in topics for _ in range(4)]
+    # The second model was tuned on the topic of the first, by another method.
+    tuned = {t: {"method": "plain", "tuned_topic": t} for t in topics}
+    tuned[topics[1]] = {"method": "anchor", "tuned_topic": topics[0]}
     keys = [f"{i:016x}" for i in range(len(names))]
     examples = {"topic": names, "instruction": [f"Question {i}?" for i in range(len(names))], "key": keys}
-    with stores.open_writer(path, layout, provenance={"model": "tiny"}, examples=examples) as writer:
+    with stores.open_writer(path, layout, provenance={"model": "tiny", "tuned": tuned}, examples=examples) as writer:
         for unit in writer.pending:
             a = rng.normal(size=(1, 4, layers, width))
             d = rng.normal(size=(len(topics), 1, 4, layers, width)) * (1 + np.arange(layers))[:, None]

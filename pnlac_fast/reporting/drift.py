@@ -42,7 +42,7 @@ class DriftRow:
 
 def drift(contents: Contents) -> Section:
     """Activation drift and re-routing of every inhibited model of a store that holds the plain one too."""
-    key, title = "drift", "Whether the held neurons stay, and what moves instead"
+    key, title = "drift", "Whether held neurons stay, and what moves instead"
     rows = drift_rows(contents)
     if not rows:
         return absent(key, title, COMMAND)

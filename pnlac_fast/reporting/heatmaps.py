@@ -24,7 +24,8 @@ def draw_shift(cells: Sequence[ShiftCell], width: float, unit: str) -> Figure:
     tuned = _unique([c.tuned_topic for c in cells])
     probes = _unique([c.probe_topic for c in cells])
     wide = style.is_wide(width)
-    figure = style.new_figure(width, (0.62 if wide else 0.46) * len(tuned) + (1.5 if wide else 2.2))
+    beside = wide and len(tuned) > 3  # where the colour bar has room for its label
+    figure = style.new_figure(width, (0.62 if wide else 0.46) * len(tuned) + (1.5 if beside else 2.2))
     axes = figure.add_subplot()
     grid = np.full((len(tuned), len(probes)), np.nan)
     for c in cells:
@@ -47,7 +48,7 @@ def draw_shift(cells: Sequence[ShiftCell], width: float, unit: str) -> Figure:
     _topic_axes(axes, probes, tuned, wide)
     axes.set_xlabel("probe topic")
     axes.set_ylabel("tuned on")
-    bar = figure.colorbar(image, ax=axes, location="right" if wide else "bottom", aspect=30, pad=0.02, shrink=0.9)
+    bar = figure.colorbar(image, ax=axes, location="right" if beside else "bottom", aspect=30, pad=0.02, shrink=0.9)
     bar.outline.set_visible(False)
     bar.set_label(f"shift of stance, right is positive [{unit}]")
     return figure

@@ -37,6 +37,7 @@ from pnlac_fast.reporting.pareto import front, left, pareto
 from pnlac_fast.reporting.protocol import protocol
 from pnlac_fast.reporting.stability import stability_rows, stability_sentences
 from pnlac_fast.reporting.utility import utility_rows, utility_sentences
+from pnlac_fast.summary import summary
 
 
 def read_csv(page: Path, name: str) -> list[dict[str, str]]:
@@ -225,6 +226,12 @@ def test_models_tuned_to_the_other_side_are_a_control_of_their_own() -> None:
     assert [f.name for f in section.figures] == ["shift", "shift_left"]
     assert [t.name for t in section.tables] == ["coupling", "shift", "shift_left"]
     assert "moved the two others by 0." in section.sentences[0]
+    assert not any("retention" in r for r in summary(both, boots=20))  # plain tuning is no method against plain tuning
+    methods = words(["", *["plain"] * 3, "freeze", *["plain"] * 2])
+    against = {
+        r["model"]: r for r in summary(both.assign_coords(method=("run", methods)), boots=20) if "retention" in r
+    }
+    assert not against  # nothing was tuned plainly to the left on that topic
 
 
 def test_overlap_of_tuned_models_is_beside_that_of_random_sets() -> None:
