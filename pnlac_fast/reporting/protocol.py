@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ def protocol(contents: Contents) -> list[str]:
         _patched(contents),
         _scored(contents),
         _compared(contents),
+        _stored(contents),
     ]
     return [sentence for sentence in found if sentence]
 
@@ -121,6 +123,26 @@ def _compared(contents: Contents) -> str:
         f"{wording.count(seeds)} {'seed' if seeds == 1 else 'seeds'}, on {result.sizes['question']} probe questions "
         "that were not tuned on, at equal steps and where each first reached 80 % of plain\u2019s on-topic shift."
     )
+
+
+def _stored(contents: Contents) -> str:
+    """What the store takes, beside the activations that its statistics are of."""
+    if contents.contrast is None or "bytes" not in contents.info:
+        return ""
+    n = contents.contrast["n"]
+    tokens = int(n.sum("topic").max())
+    sizes = contents.contrast.sizes
+    raw = 2 * tokens * sizes["layer"] * sizes["neuron"] * sizes["site"] * (sizes["model"] + 1)
+    return (
+        f"The store takes {_size(contents.info['bytes'])}; the activations of base and {sizes['model']} tuned models "
+        f"at the {tokens} positions that its statistics sum up would take {_size(raw)} in 16 bits."
+    )
+
+
+def _size(count: float) -> str:
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, max(0, int(math.log10(max(count, 1)) // 3)))
+    return f"{count / 1000**power:.{0 if power == 0 else 1}f}\u00a0{units[power]}"
 
 
 def _all(values: Iterable[Any]) -> list[str]:

@@ -206,6 +206,9 @@ def test_the_methods_paragraph_says_only_what_the_store_does() -> None:
     assert "ranked by rms. The top 10\u00a0% of all neurons" in text
     assert "beside five random sets" in text
     assert "Stance was scored on 18 questions, by paired log-probability of the completions and the judge" in text
+    raw = 2 * 3 * 24 * 4 * 384 * 4  # bytes, topics, positions, layers, neurons, base and three tuned models
+    assert "The store takes 2.3\u00a0MB; the activations of base and 3 tuned models at the 72 positions" in text
+    assert f"would take {raw / 1e3:.1f}\u00a0kB in 16 bits" in text
     same = Contents("s", {}, results={"stance": whole.results["stance"]}, keys=frozenset([f"{0:016x}"]))
     assert protocol(same)[0].startswith("Stance was scored on 18 questions, 1 of them also located on")
 
