@@ -45,7 +45,7 @@ types: $(STAMP) tree
 docs: $(STAMP) tree
 	@rm -rf build/help && mkdir -p build/help
 	@for verb in $$(sed -n 's|.*"build/help/\(.*\).txt".*|\1|p' docs/reference/commands.md); do \
-	  COLUMNS=100 $(BIN)/pnlac-fast $$verb --help > build/help/$$verb.txt || exit; done
+	  COLUMNS=86 $(BIN)/pnlac-fast $$verb --help > build/help/$$verb.txt || exit; done
 	$(BIN)/zensical build --clean --strict
 
 bench: $(STAMP)
