@@ -10,10 +10,10 @@ import xarray as xr
 from xarray.core.indexing import LazilyIndexedArray
 
 from pnlac_fast.store.backend_array import ShardedArray
-from pnlac_fast.store.checks import check_group
+from pnlac_fast.store.checks import check_files, check_group, committed_units
 from pnlac_fast.store.datasets import read_dataset
 from pnlac_fast.store.errors import StoreError
-from pnlac_fast.store.journal import done_units, read_journal
+from pnlac_fast.store.journal import read_journal
 from pnlac_fast.store.layout import BASE, SELECTORS, Layout
 from pnlac_fast.store.names import unknown_name
 from pnlac_fast.store.places import Location, Place, place_of
@@ -65,10 +65,12 @@ def open_activations(path: Location, model: str, site: str) -> xr.Dataset:
     for kind, name, known in (("model", model, (BASE, *layout.models)), ("site", site, layout.sites)):
         if name not in known:
             raise unknown_name(kind, name, known)
-    units = sorted(done_units(read_journal(place, layout), layout))
+    committed = read_journal(place, layout)
+    units = committed_units(place, layout, committed)
     group = activations_path(model, site)
-    check_group(place, TOKENS)
-    check_group(place, group)
+    for part in (TOKENS, EXAMPLES, group):
+        check_group(place, part)
+    check_files(place, layout, committed, place.sizes(f"{TOKENS}/"), f"{TOKENS}/")
     slot = slots_of(layout).rows
     rows = [layout.units[unit].rows for unit in units]
     index = np.concatenate(

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pnlac_fast.store.errors import StoreError
-from pnlac_fast.store.journal import Committed
+from pnlac_fast.store.journal import JOURNAL, Committed, done_units, group_key, written_with
 from pnlac_fast.store.layout import BASE, SELECTORS, Layout
-from pnlac_fast.store.places import Place
-from pnlac_fast.store.schema import METADATA, TOKEN_COLUMNS
+from pnlac_fast.store.places import Place, sum_of
+from pnlac_fast.store.schema import CONTRAST, METADATA, TOKEN_COLUMNS
 from pnlac_fast.store.shards import stored_dtype
 
 MOST_LOADED = 1 << 31  # bytes that a small dataset may have in memory
@@ -87,12 +87,17 @@ def check_rows(
         raise ValueError(f"unit {unit} brings rows of examples that are not of its topic")
 
 
-def check_files(place: Place, layout: Layout, committed: Iterable[Committed], sizes: Mapping[str, int]) -> None:
-    """Raise StoreError where a file of a committed unit is missing or has another length; it names the unit."""
+def check_files(
+    place: Place, layout: Layout, committed: Iterable[Committed], sizes: Mapping[str, int], prefix: str = ""
+) -> None:
+    """Raise StoreError where a file of a committed unit is missing or has another length; it names the unit.
+
+    Only the files whose keys begin with `prefix` are looked at.
+    """
     for unit, _, files in committed:
         for name, (size, _) in files.items():
             found = sizes.get(name)
-            if found != size:
+            if found != size and name.startswith(prefix):
                 what = "is missing" if found is None else f"has {found} bytes instead of {size}"
                 raise StoreError(
                     f"Unit {unit} ({layout.units[unit]}) is damaged: {place.name}/{name} {what}; "
@@ -100,15 +105,29 @@ def check_files(place: Place, layout: Layout, committed: Iterable[Committed], si
                 )
 
 
-def check_group(place: Place, path: str, *, loaded: bool = False) -> None:
-    """Raise StoreError where the metadata of a group asks for more memory than is sensible, or is damaged.
+def committed_units(place: Place, layout: Layout, committed: list[Committed]) -> list[int]:
+    """Return the units of which every part is committed, sorted; StoreError where a finished store lacks one."""
+    done = done_units(committed, layout)
+    if len(done) < len(layout.units) and place.read(group_key(CONTRAST)) is not None:
+        raise _damaged(place, JOURNAL, f"lacks the lines of {len(layout.units) - len(done)} units, which were there")
+    return sorted(done)
 
-    Opening a group reads its coordinates, and with `loaded` all of it: a forged or damaged shape of 10^12 elements
-    would be filled with fill values, and a chunk of 10^12 bytes be allocated, before anything looked wrong.
+
+def check_group(place: Place, path: str, *, loaded: bool = False) -> None:
+    """Raise StoreError where a file of a group is missing, its metadata is changed, or asks for too much memory.
+
+    zarr takes a chunk that is missing for fill values, and metadata for what it says. And opening a group reads its
+    coordinates, and with `loaded` all of it: a forged or damaged shape of 10^12 elements would be filled with fill
+    values, and a chunk of 10^12 bytes be allocated, before anything looked wrong.
     """
-    prefix = f"{path}/"
-    keys = [key for key in place.sizes(prefix) if key.endswith("/" + METADATA)]
+    sizes, written = place.sizes(f"{path}/"), written_with(place, path)
+    for key, (size, _) in written.items():
+        if sizes.get(key) != size:
+            raise _damaged(place, key, f"has {sizes[key]} bytes instead of {size}" if key in sizes else "is missing")
+    keys = [key for key in sizes if key.endswith("/" + METADATA)]
     for key, content in place.read_all(keys).items():
+        if key in written and sum_of(content) != written[key]:
+            raise _damaged(place, key, "is changed")
         try:
             document = json.loads(content)
             if document["node_type"] != "array":
@@ -117,15 +136,12 @@ def check_group(place: Place, path: str, *, loaded: bool = False) -> None:
             for codec in document["codecs"]:
                 if codec["name"] == "sharding_indexed":
                     chunk = codec["configuration"]["chunk_shape"]
-            sizes = [*shape, *chunk]
-            if len(shape) != len(chunk) or not all(isinstance(size, int) and size >= 0 for size in sizes):
+            lengths = [*shape, *chunk]
+            if len(shape) != len(chunk) or not all(isinstance(length, int) and length >= 0 for length in lengths):
                 raise ValueError("sizes must be whole numbers")
             item = 16 if document["data_type"] == "string" else np.dtype(document["data_type"]).itemsize
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise StoreError(
-                f"{place.name}/{key} is damaged ({type(error).__name__}: {error}); pnlac-fast info --verify says what "
-                "else is, and how to mend it."
-            ) from error
+            raise _damaged(place, key, f"is damaged ({type(error).__name__}: {error})") from error
         name = key.removesuffix("/" + METADATA)
         read = loaded or len(shape) < 2
         if item * math.prod(chunk) > MOST_CHUNK or (read and item * math.prod(shape) > MOST_LOADED):
@@ -133,6 +149,12 @@ def check_group(place: Place, path: str, *, loaded: bool = False) -> None:
                 f"{place.name}/{name} claims the shape {shape} in chunks of {chunk}, which is too large to be true; "
                 "run pnlac-fast info --verify on the store."
             )
+
+
+def _damaged(place: Place, key: str, what: str) -> StoreError:
+    return StoreError(
+        f"{place.name}/{key} {what}; pnlac-fast info --verify says what else is damaged, and how to mend it."
+    )
 
 
 def _check_keys(what: str, given: Mapping[Any, Any], wanted: Iterable[Any]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import xarray as xr
+from xarray.backends import BackendArray
+from xarray.core.indexing import ExplicitIndexer, IndexingSupport, LazilyIndexedArray, explicit_indexing_adapter
 from zarr.abc.store import Store
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.chunk_key_encodings import ChunkKeyEncodingParams
@@ -54,12 +57,48 @@ def write_dataset(store: Store, ds: xr.Dataset, attributes: dict[str, Any], grou
 
 
 def read_dataset(store: Store, group: str) -> xr.Dataset:
-    """Return a group of `store`, lazily: text as Python strings, our own attribute left out."""
-    ds: xr.Dataset = xr.open_zarr(store, group=group, consolidated=False, chunks=None)
-    ds.attrs.pop(ATTRIBUTE, None)
-    texts = {name: variable for name, variable in ds.variables.items() if variable.dtype.kind == "T"}
-    ds = ds.assign({name: variable.astype(object) for name, variable in texts.items()})
-    return ds[sorted(ds.data_vars, key=str)]  # metadata is read concurrently, in no fixed order
+    """Return a group of `store`, lazily: text as Python strings, our own attribute left out.
+
+    Whatever cannot be read as it was written, at once or later, is a StoreError.
+    """
+    with _sound(f"{store}/{group}"):
+        ds: xr.Dataset = xr.open_zarr(store, group=group, consolidated=False, chunks=None)
+        ds.attrs.pop(ATTRIBUTE, None)
+        texts = {name: variable for name, variable in ds.variables.items() if variable.dtype.kind == "T"}
+        ds = ds.assign({name: variable.astype(object) for name, variable in texts.items()})
+    lazy = {n: _lazy(v, f"{store}/{group}/{n}") for n, v in ds.variables.items() if not v._in_memory}
+    return ds.assign(lazy)[sorted(ds.data_vars, key=str)]  # metadata is read concurrently, in no fixed order
+
+
+class _Checked(BackendArray):
+    """A lazy variable of which a chunk that is damaged is a StoreError."""
+
+    def __init__(self, variable: xr.Variable, name: str) -> None:
+        self.variable, self.name = variable, name
+        self.shape, self.dtype = variable.shape, variable.dtype
+
+    def __getitem__(self, key: ExplicitIndexer) -> Any:
+        return explicit_indexing_adapter(key, self.shape, IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> Any:
+        with _sound(self.name):
+            return self.variable[key].values
+
+
+def _lazy(variable: xr.Variable, name: str) -> xr.Variable:
+    array = LazilyIndexedArray(_Checked(variable, name))
+    return xr.Variable(variable.dims, array, variable.attrs, variable.encoding)
+
+
+@contextmanager
+def _sound(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise StoreError(
+            f"{name} cannot be read ({said}); pnlac-fast info --verify says what is damaged, and how to mend it."
+        ) from error
 
 
 def _plain(name: str, variable: xr.Variable) -> xr.Variable:

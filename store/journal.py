@@ -95,6 +95,20 @@ def read_record(place: Place, key: str, line: bytes | None = None) -> dict[str, 
     return record
 
 
+def written_with(place: Place, path: str) -> Files:
+    """Return the files of the group `path` that the line of the group, or else the store's, lists; none without one."""
+    for key in (group_key(path), STORE):
+        record = read_record(place, key)
+        if record is not None:
+            try:
+                return {name: kept for name, kept in files_of(record).items() if name.startswith(f"{path}/")}
+            except (ValueError, OverflowError) as error:
+                raise StoreError(
+                    f"{place.name}/{key} is no line of this store; run pnlac-fast info --verify."
+                ) from error
+    return {}
+
+
 def commit_unit(place: Place, layout: Layout, unit: int, part: int, files: Files) -> bool:
     """Write the line of a unit's part; when this returns it is committed for good. False if another writer's is there.
 

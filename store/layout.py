@@ -14,6 +14,7 @@ from pnlac_fast.store.shards import DTYPES, Dtype
 
 RAW = ("none", "last", "pooled", "selected", "full")
 SELECTORS = ("last", "completion", "prompt", "all")  # each raw row says how often each of these counts it
+_LARGEST, _MOST_LAYERS = 1 << 40, 1 << 20  # what a damaged layout may claim
 BASE = "base"  # the directory of the base model's raw activations, so no tuned model may take the name
 
 
@@ -159,6 +160,7 @@ class Layout:
         """Return the layout that `to_json` wrote; unknown fields of a newer minor version are ignored."""
         known = {field.name: values[field.name] for field in fields(cls)}
         raw = {field.name: values["raw"][field.name] for field in fields(Raw)}
+        _check_types(known, raw)
         return cls(**known | {"raw": Raw(**raw), "units": tuple(Unit(*unit) for unit in values["units"])})
 
     def fingerprint(self) -> str:
@@ -173,6 +175,27 @@ class Layout:
             for name in [*here, *(name for name in there if name not in here)]
             if here.get(name) != there.get(name)
         ]
+
+
+def _check_types(layout: Mapping[str, Any], raw: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError where JSON values are not of the types of a layout, or too large to be true."""
+    names = [layout[name] for name in ("topics", "models", "sites", "tokens")]
+    numbers = [layout["layers"], layout["parts"], *layout["widths"].values(), *raw["layers"]]
+    for unit in layout["units"]:
+        topic, *sizes = unit
+        names.append([topic])
+        numbers += sizes
+        if len(sizes) != 3:
+            raise ValueError(f"{unit!r} is no unit")
+    for site, (count, digest) in raw["neurons"].items():
+        names.append([site, digest])
+        numbers.append(count)
+    if not all(type(value) is list and all(type(name) is str for name in value) for value in names):
+        raise TypeError("a name is not text")
+    if not all(type(number) is int and 0 <= number <= _LARGEST for number in numbers):
+        raise ValueError(f"a size is no whole number from 0 to {_LARGEST}")
+    if layout["layers"] > _MOST_LAYERS or type(layout["settings"]) is not dict:
+        raise ValueError("the number of layers is too large to be true, or the settings are no object")
 
 
 def fingerprint(values: Any) -> str:

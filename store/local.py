@@ -69,7 +69,7 @@ class LocalPlace(Place):
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         found: dict[str, int] = {}
-        for directory, folders, files in os.walk(self.root):
+        for directory, folders, files in os.walk(self.root / prefix.rpartition("/")[0]):
             folders[:] = [name for name in folders if not name.startswith(HIDDEN)]
             below = os.path.relpath(directory, self.root)
             for name in files:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from pnlac_fast.store.checks import check_group
+from pnlac_fast.store.checks import check_files, check_group, committed_units
 from pnlac_fast.store.datasets import read_dataset
 from pnlac_fast.store.errors import StoreError
 from pnlac_fast.store.headers import read_copies
@@ -92,7 +92,11 @@ def open_partials(path: Location, site: str) -> xr.Dataset:
     if site not in layout.sites:
         raise unknown_name("site", site, layout.sites)
     check_group(place, PARTIALS)
-    units = sorted(done_units(read_journal(place, layout), layout))
+    sizes = place.sizes()
+    committed = read_journal(place, layout, sizes)
+    for group in (partials_path(site), f"{PARTIALS}/n"):
+        check_files(place, layout, committed, sizes, f"{group}/")
+    units = committed_units(place, layout, committed)
     ds = read_dataset(place.store, partials_path(site)).assign(n=read_dataset(place.store, PARTIALS)["n"])
     moments = {f"{name}_moment": list(ds[name].attrs["moments"]) for name in ("base", "tuned")}
     described = [layout.units[unit] for unit in units]

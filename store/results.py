@@ -90,10 +90,7 @@ def open_sets(path: Location | Place) -> xr.Dataset:
 
 def _read(place: Place, group: str) -> xr.Dataset:
     check_group(place, group, loaded=True)
-    try:
-        return read_dataset(place.store, group).load()
-    except ValueError as error:  # the checksum of a chunk
-        raise StoreError(f"{place.name}/{group} is damaged ({error}); run the command that made it again.") from error
+    return read_dataset(place.store, group).load()
 
 
 def _write(path: Location, group: str, ds: xr.Dataset, attributes: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from zarr.codecs import Crc32cCodec
 
 from pnlac_fast.store.datasets import ATTRIBUTE, FLAT_KEYS, write_dataset
 from pnlac_fast.store.errors import StoreError, VersionError
+from pnlac_fast.store.journal import STORE, read_record
 from pnlac_fast.store.layout import BASE, SELECTORS, Layout
 from pnlac_fast.store.names import directory_name
 from pnlac_fast.store.places import Place
@@ -79,11 +80,19 @@ def read_header(place: Place) -> Header:
         reason = "is not a pnlac store" if place.foreign() else "does not exist"
         raise StoreError(f"{place.name} {reason}; give the path of a store that the cache command made.")
     try:
-        return parse_header(json.loads(content)["attributes"], place.name)
+        attributes = json.loads(content)["attributes"]
+        header = parse_header(attributes, place.name)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise StoreError(
             f"{place.name} is not a pnlac store, though it may be another Zarr store; check the path."
         ) from None
+    line = read_record(place, STORE)
+    if line is not None and line.get("attributes") != attributes:
+        raise StoreError(
+            f"{place.name}/{METADATA} does not agree with {STORE}; pnlac-fast info --verify says what is damaged, and "
+            "how to mend it."
+        )
+    return header
 
 
 def capture_layout(place: Place) -> Layout:

@@ -18,6 +18,7 @@ from pnlac_fast.store import (
     open_examples,
     open_writer,
 )
+from pnlac_fast.store.journal import decode_line, encode_line
 
 HOSTILE = ("../../up", "/etc/passwd", "..", ".", "__x", "zarr.json", "C:\\x", "a b%2F", "Gesundheit/é中", "c", "A")
 
@@ -88,9 +89,13 @@ def test_paths_that_are_no_places(sample, path, message):
 
 
 def rewrite(path, change):
+    """Change both copies of the header."""
     document = json.loads((path / "zarr.json").read_text())
     change(document["attributes"]["pnlac"])
     (path / "zarr.json").write_text(json.dumps(document))
+    line = path / "journal/store.json"
+    record = decode_line(line.read_bytes())
+    line.write_bytes(encode_line(record | {"attributes": document["attributes"]}))
 
 
 def test_newer_major_is_refused_and_newer_minor_opens(finished, sample):
