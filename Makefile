@@ -1,4 +1,4 @@
-# make demo | test | check | docs | bench | gpu | wheel | clean. Needs Python >= 3.11, make and a C++ compiler.
+# make demo | test | faults | check | docs | bench | gpu | wheel | clean. Needs Python >= 3.11, make and a C++ compiler.
 PYTHON ?= python3
 VENV   ?= .venv
 
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.set-up
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
 TYPES := build/types
 
-.PHONY: setup demo test check lint tree types docs bench gpu wheel clean
+.PHONY: setup demo test faults check lint tree types docs bench gpu wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -26,6 +26,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The store's fault tests at length: 200 kills each with one and two workers, every call of a disk, every file, 100 forgeries.
+faults: $(STAMP)
+	PNLAC_LONG_TESTS=1 $(BIN)/python -m pytest tests/store/test_kill.py tests/store/test_faults.py tests/store/test_damage.py tests/store/test_machine.py
 
 check: lint types test
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from zarr.core.group import GroupMetadata
+from zarr.core.metadata.v3 import ArrayV3Metadata
 
+from pnlac_fast.store.datasets import UNREADABLE
 from pnlac_fast.store.errors import StoreError
 from pnlac_fast.store.journal import JOURNAL, Committed, done_units, group_key, written_with
 from pnlac_fast.store.layout import BASE, SELECTORS, Layout
@@ -130,8 +133,10 @@ def check_group(place: Place, path: str, *, loaded: bool = False) -> None:
             raise _damaged(place, key, "is changed")
         try:
             document = json.loads(content)
-            if document["node_type"] != "array":
+            if document["node_type"] == "group":
+                GroupMetadata.from_dict(json.loads(content))
                 continue
+            ArrayV3Metadata.from_dict(json.loads(content))  # zarr would leave out what it cannot read, with a warning
             shape, chunk = document["shape"], document["chunk_grid"]["configuration"]["chunk_shape"]
             for codec in document["codecs"]:
                 if codec["name"] == "sharding_indexed":
@@ -140,7 +145,7 @@ def check_group(place: Place, path: str, *, loaded: bool = False) -> None:
             if len(shape) != len(chunk) or not all(isinstance(length, int) and length >= 0 for length in lengths):
                 raise ValueError("sizes must be whole numbers")
             item = 16 if document["data_type"] == "string" else np.dtype(document["data_type"]).itemsize
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except UNREADABLE as error:
             raise _damaged(place, key, f"is damaged ({type(error).__name__}: {error})") from error
         name = key.removesuffix("/" + METADATA)
         read = loaded or len(shape) < 2

@@ -20,6 +20,8 @@ from pnlac_fast.store.errors import StoreError
 ATTRIBUTE = "pnlac"  # the one attribute of every group that is ours
 # All chunks of an array lie in its own directory, so that one fsync makes their names durable.
 FLAT_KEYS = ChunkKeyEncodingParams(name="default", separator=".")
+# What zarr and xarray raise where metadata or a chunk is not what they expect.
+UNREADABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _PACKED = (ZstdCodec(level=3), Crc32cCodec())
 
 
@@ -61,7 +63,7 @@ def read_dataset(store: Store, group: str) -> xr.Dataset:
 
     Whatever cannot be read as it was written, at once or later, is a StoreError.
     """
-    with _sound(f"{store}/{group}"):
+    with sound(f"{store}/{group}"):
         ds: xr.Dataset = xr.open_zarr(store, group=group, consolidated=False, chunks=None)
         ds.attrs.pop(ATTRIBUTE, None)
         texts = {name: variable for name, variable in ds.variables.items() if variable.dtype.kind == "T"}
@@ -81,7 +83,7 @@ class _Checked(BackendArray):
         return explicit_indexing_adapter(key, self.shape, IndexingSupport.OUTER, self._read)
 
     def _read(self, key: tuple[Any, ...]) -> Any:
-        with _sound(self.name):
+        with sound(self.name):
             return self.variable[key].values
 
 
@@ -91,10 +93,11 @@ def _lazy(variable: xr.Variable, name: str) -> xr.Variable:
 
 
 @contextmanager
-def _sound(name: str) -> Iterator[None]:
+def sound(name: str) -> Iterator[None]:
+    """Turn what reading damaged data raises into a StoreError; `name` is what is being read."""
     try:
         yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except UNREADABLE as error:
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise StoreError(
             f"{name} cannot be read ({said}); pnlac-fast info --verify says what is damaged, and how to mend it."

@@ -14,6 +14,7 @@ from zarr.storage import LocalStore
 from pnlac_fast.store.errors import StoreError
 from pnlac_fast.store.files import LocalFiles
 from pnlac_fast.store.places import HIDDEN, Bytes, Place, Sum, sum_of
+from pnlac_fast.store.schema import is_whole
 
 PARTIAL = ".partial"
 LOCK, WORK, WRITERS = ".lock", ".work", ".writers"
@@ -35,6 +36,7 @@ class LocalPlace(Place):
         self.root, self.name = root, str(root)
         self.store = LocalStore(root, read_only=True)
         self._touched: set[Path] = set()
+        self._inside: set[Path] = set()  # directories that were seen to be no links out of the store
 
     def read(self, key: str) -> bytes | None:
         try:
@@ -127,15 +129,15 @@ class LocalPlace(Place):
         work = self.root / WORK
         if work.exists():
             for old in work.glob(_OLD + "*"):
-                target = self.root / unquote(old.name.removeprefix(_OLD))
-                if not target.exists():
-                    old.rename(target)
+                path = unquote(old.name.removeprefix(_OLD))
+                if is_whole(path) and not (self.root / path).exists():
+                    old.rename(self.root / path)
             shutil.rmtree(work)
 
     @contextmanager
     def changing(self) -> Iterator[None]:
         self._make(self.root)
-        descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             _lock(descriptor, wait=True)
             yield
@@ -147,7 +149,7 @@ class LocalPlace(Place):
         worker, workers, part = slot
         self._make(self.root / WRITERS)
         own = self.root / WRITERS / f"{worker}.{workers}.{part}"
-        descriptor = os.open(own, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(own, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             held = [] if _lock(descriptor, wait=False) else [own]
             # Workers of another number would share units with this one.
@@ -168,6 +170,10 @@ class LocalPlace(Place):
             os.close(descriptor)
 
     def _make(self, directory: Path) -> None:
+        if directory not in self._inside:
+            if not directory.resolve().is_relative_to(self.root.resolve()):
+                raise StoreError(f"{directory} leads out of the store, and is not written to; put a directory there.")
+            self._inside.add(directory)
         if not directory.exists():
             directory.mkdir(parents=True, exist_ok=True)
             above = (parent for parent in directory.parents if parent.is_relative_to(self.root))
@@ -182,7 +188,7 @@ def write_file(path: Path, pieces: Iterable[Bytes]) -> None:
 def _write_partial(path: Path, pieces: Iterable[Bytes]) -> Path:
     partial = path.with_name(path.name + PARTIAL)
     size = started = 0
-    with partial.open("wb", buffering=0) as file:
+    with open(partial, "wb", buffering=0, opener=_no_link) as file:
         for piece in pieces:
             rest = memoryview(piece)
             while rest:  # the system may take less than all of it
@@ -193,6 +199,11 @@ def _write_partial(path: Path, pieces: Iterable[Bytes]) -> Path:
                 started = size
         os.fsync(file.fileno())
     return partial
+
+
+def _no_link(path: str, flags: int) -> int:
+    """Open a file, but not what a link of that name leads to."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _start_writing(descriptor: int, start: int, length: int) -> None:

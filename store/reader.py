@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from pnlac_fast.store.checks import check_files, check_group, committed_units
-from pnlac_fast.store.datasets import read_dataset
+from pnlac_fast.store.datasets import read_dataset, sound
 from pnlac_fast.store.errors import StoreError
 from pnlac_fast.store.headers import read_copies
 from pnlac_fast.store.journal import done_units, group_key, read_journal
@@ -97,8 +97,7 @@ def open_partials(path: Location, site: str) -> xr.Dataset:
     for group in (partials_path(site), f"{PARTIALS}/n"):
         check_files(place, layout, committed, sizes, f"{group}/")
     units = committed_units(place, layout, committed)
-    ds = read_dataset(place.store, partials_path(site)).assign(n=read_dataset(place.store, PARTIALS)["n"])
-    moments = {f"{name}_moment": list(ds[name].attrs["moments"]) for name in ("base", "tuned")}
+    ds = read_dataset(place.store, partials_path(site))
     described = [layout.units[unit] for unit in units]
     coords: dict[str, Any] = {
         "unit": units,
@@ -109,7 +108,10 @@ def open_partials(path: Location, site: str) -> xr.Dataset:
         "model": np.array(layout.models, object),
         "layer": np.arange(layout.layers, dtype=np.int32),
     }
-    return ds.isel(unit=units).assign_coords(coords | moments)
+    with sound(f"{place.name}/{partials_path(site)}"):
+        ds = ds.assign(n=read_dataset(place.store, PARTIALS)["n"])
+        moments = {f"{name}_moment": list(ds[name].attrs["moments"]) for name in ("base", "tuned")}
+        return ds.isel(unit=units).assign_coords(coords | moments)
 
 
 def open_examples(path: Location) -> xr.Dataset:

@@ -18,7 +18,7 @@ from pnlac_fast.store.datasets import ATTRIBUTE, FLAT_KEYS, write_dataset
 from pnlac_fast.store.errors import StoreError, VersionError
 from pnlac_fast.store.journal import STORE, read_record
 from pnlac_fast.store.layout import BASE, SELECTORS, Layout
-from pnlac_fast.store.names import directory_name
+from pnlac_fast.store.names import RESULT_NAME, directory_name
 from pnlac_fast.store.places import Place
 from pnlac_fast.store.shards import array_options, stored_dtype
 
@@ -118,7 +118,10 @@ def parse_header(attributes: Any, name: str) -> Header:
         raise StoreError(
             f"The layout in {name}/{METADATA} is damaged ({error}); run the cache command again with --repair."
         ) from error
-    return Header(kind, version, layout, ours.get("provenance", {}), ours.get("examples", ""), attributes)
+    provenance, examples = ours.get("provenance", {}), ours.get("examples", "")
+    if not (isinstance(kind, str) and isinstance(provenance, dict) and isinstance(examples, str)):
+        raise ValueError("the kind and the hash of the examples are text, and the provenance is an object")
+    return Header(kind, version, layout, provenance, examples, attributes)
 
 
 def slots_of(layout: Layout) -> Slots:
@@ -137,6 +140,12 @@ def even_split(size: int, limit: int) -> tuple[int, int]:
 def fitting_layers(layers: int, bytes_per_layer: int, limit: int) -> int:
     """Return how many layers go together so that they take at most `limit` bytes (at least one layer)."""
     return max(1, min(layers, limit // bytes_per_layer))
+
+
+def is_whole(path: str) -> bool:
+    """Whether `path` is that of a group which is written, and replaced, as a whole."""
+    above, _, name = path.rpartition("/")
+    return path in (CONTRAST, NEURON_SETS) or (above == RESULTS and RESULT_NAME.fullmatch(name) is not None)
 
 
 def partials_path(site: str) -> str:

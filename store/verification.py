@@ -22,7 +22,6 @@ from pnlac_fast.store.journal import JOURNAL, STORE, decode_line, files_of, grou
 from pnlac_fast.store.journal import Files as Sums
 from pnlac_fast.store.layout import Layout
 from pnlac_fast.store.local import PARTIAL
-from pnlac_fast.store.names import RESULT_NAME
 from pnlac_fast.store.places import Location, Place, Sum, place_of
 from pnlac_fast.store.schema import (
     ACTIVATIONS,
@@ -33,6 +32,7 @@ from pnlac_fast.store.schema import (
     PARTIALS,
     RESULTS,
     TOKENS,
+    is_whole,
 )
 from pnlac_fast.store.units import unit_files
 
@@ -184,7 +184,7 @@ class _Check:
         there = {path for key in self.sizes if (path := _group_above(key))}
         for path in sorted(there | {path for key in self.lines if (path := group_of(key))}):
             key = group_key(path)
-            if not _is_group(path):
+            if not is_whole(path):
                 continue
             of_group = Finding(key, "", "damaged", path, self._remake(path))
             record = decode_line(self.lines.get(key, b""))
@@ -245,7 +245,7 @@ class _Check:
 
     def _may_be(self, key: str) -> bool:
         """Whether a file of a unit, a line or a group may have the name `key`, though there is none now."""
-        if self._is_created(key) or _is_group(group_of(key) or ""):
+        if self._is_created(key) or is_whole(group_of(key) or ""):
             return True
         if self.layout is None:
             return False
@@ -272,16 +272,10 @@ def _files(record: Mapping[str, Any] | None) -> Sums | None:
         return None
 
 
-def _is_group(path: str) -> bool:
-    """Whether `path` is that of a group which is written as a whole."""
-    above, _, name = path.rpartition("/")
-    return path in (CONTRAST, NEURON_SETS) or (above == RESULTS and RESULT_NAME.fullmatch(name) is not None)
-
-
 def _group_above(key: str) -> str | None:
     """Return the group whose metadata `key` is, if it is written as a whole."""
     path, _, name = key.rpartition("/")
-    return path if name == METADATA and _is_group(path) else None
+    return path if name == METADATA and is_whole(path) else None
 
 
 def _compare(place: Place, sizes: Mapping[str, int], sums: Mapping[str, tuple[Sum, Finding]]) -> Iterator[Finding]:

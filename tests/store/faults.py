@@ -20,11 +20,11 @@ class Disk:
         How many there were.
     failing : int
         The number of the call that fails, -1 for none.
-    error : int
-        With which errno.
+    error : int or BaseException
+        With which errno, or exception.
     """
 
-    def __init__(self, failing: int = -1, error: int = errno.ENOSPC) -> None:
+    def __init__(self, failing: int = -1, error: int | BaseException = errno.ENOSPC) -> None:
         self.calls, self.failing, self.error = 0, failing, error
 
     @property
@@ -33,10 +33,14 @@ class Disk:
 
     def around(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            if self.failed and isinstance(self.error, BaseException):  # the dead do nothing more
+                raise self.error
             number, self.calls = self.calls, self.calls + 1
             if number == self.failing:
                 if name == "write":  # a full disk takes the beginning
                     real(args[0], args[1][: len(args[1]) // 2])
+                if isinstance(self.error, BaseException):
+                    raise self.error
                 raise OSError(self.error, os.strerror(self.error))
             return real(*args, **kwargs)
 
@@ -44,7 +48,7 @@ class Disk:
 
 
 @contextmanager
-def disk(patch: Any, failing: int = -1, error: int = errno.ENOSPC) -> Iterator[Disk]:
+def disk(patch: Any, failing: int = -1, error: int | BaseException = errno.ENOSPC) -> Iterator[Disk]:
     """Let the disk be this one for a while; `patch` is pytest's monkeypatch."""
     found = Disk(failing, error)
     with patch.context() as patched:

@@ -189,6 +189,7 @@ def test_forged_metadata_is_refused_or_read_but_never_a_traceback(path, sample, 
                 if not isinstance(made, list):
                     made.close()
             for name, content in files.items():
+                (path / name).parent.mkdir(parents=True, exist_ok=True)  # repair may have removed /contrast
                 (path / name).write_bytes(content)
             for name in tree(path).keys() - files.keys():
                 (path / name).unlink()
@@ -207,7 +208,7 @@ def test_huge_shapes_are_refused(path):
         document["chunk_grid"]["configuration"]["chunk_shape"] = document["shape"]
         before = {line: line.read_bytes() for line in (path / "journal").iterdir()}
         forge(path, f"{name}/zarr.json", document)
-        with little_memory(), pytest.raises(StoreError, match=r"too large to be true|cannot be read"):
+        with little_memory(), pytest.raises(StoreError, match=r"too large to be true|zarr.json is damaged"):
             read(path)
         file.write_bytes(content)
         for line, bytes_ in before.items():
