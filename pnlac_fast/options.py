@@ -106,6 +106,11 @@ def _chooses(values: Sequence[str], given: str) -> bool:
     return any(given.startswith(value) if value.endswith(":") else given == value for value in values)
 
 
+def command(*, epilog: str) -> Decorator:
+    """As ``click.command``, made a :class:`Command`."""
+    return click.command(cls=Command, epilog=epilog)
+
+
 def option(*flags: str, **settings: Any) -> Decorator:
     """As ``click.option``, made an :class:`Option`."""
     return click.option(*flags, cls=Option, **settings)

@@ -1,0 +1,46 @@
+"""Commands that show what was found, on a page of its own, and on the embedded model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from pnlac_fast.options import as_json, command, option
+from pnlac_fast.terminal import show
+
+
+@command(epilog="Example: pnlac-fast report run.zarr -o report")
+@click.argument("store")
+@option("-o", "--out", required=True, help="Directory for tables, figures and index.html.")
+@option("--title", help="Title of the page.")
+@option("--run", "runs", multiple=True, help="Fine-tune made with --probe, to compare with others. May be repeated.")
+@as_json
+def report(store: str, out: str, title: str | None, runs: tuple[str, ...], as_json: bool) -> None:
+    """Make tables, figures and one HTML page from a store."""
+    from pnlac_fast import report as run
+
+    page = run(store, out, title=title, runs=runs)
+    show({"page": str(page)}, as_json, [{"page": page}])
+
+
+@command(epilog="Example: pnlac-fast demo --size small --out demo")
+@option("--size", default="full", show_default=True, type=click.Choice(["small", "full"]))
+@option("--seed", default=0, show_default=True, help="Seed of the embedded model and of everything after.")
+@option("--out", default="pnlac-demo", show_default=True, help="Directory for the result; must not exist yet.")
+@option("--overwrite", is_flag=True, help="Replace an earlier demo in --out.")
+@option("--jobs", type=int, help="Processes for the fine-tunes. Default: one per core, four at most.")
+@as_json
+def demo(as_json: bool, **given: Any) -> None:
+    """Run the whole method on a small model made here. Spill-over, neurons, patching, InhibitFT; no download."""
+    from pnlac_fast import demo as run
+    from pnlac_fast.demonstration import tables
+
+    result = run(**given)
+    if as_json:
+        show(result, as_json)
+        return
+    for rows in tables(result):
+        show(result, False, rows)
+        click.echo()
+    click.echo(f"Result page: {result['page']}")
