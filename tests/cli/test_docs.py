@@ -132,8 +132,6 @@ def test_every_block_runs(page: Path, workplace: Path, world: Path, capsys: pyte
             for words in lines(block.code):
                 type_in(words, capsys)
         elif block.language == "python":
-            if page == README and not scope.get("cache"):  # the same run by other means, not one after the commands
-                shutil.rmtree("run.zarr")
             exec(compile(block.code, page.name, "exec"), scope)
         else:
             check(block)
