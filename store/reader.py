@@ -192,23 +192,24 @@ def _describe(place: Place) -> dict[str, Any]:
 
 def _arrays(place: Place, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     """Return what each array is, by the metadata that the root holds of all, and what it takes."""
-    root = json.loads(place.read(METADATA) or b"{}")
-    described = root.get("consolidated_metadata", {}).get("metadata", {})
-    held: dict[str, list[int]] = {}
-    for key, size in sizes.items():
-        held.setdefault(key.rpartition("/")[0], []).append(size)
-    return [
-        {
-            "array": path,
-            "dims": document.get("dimension_names"),
-            "shape": document["shape"],
-            "dtype": document.get("attributes", {}).get(DTYPE_ATTRIBUTE, document["data_type"]),
-            "bytes": sum(held.get(path, ())),
-            "files": len(held.get(path, ())),
-        }
-        for path, document in sorted(described.items())
-        if document["node_type"] == "array"
-    ]
+    with sound(f"{place.name}/{METADATA}"):
+        root = json.loads(place.read(METADATA) or b"{}")
+        described = root.get("consolidated_metadata", {}).get("metadata", {})
+        held: dict[str, list[int]] = {}
+        for key, size in sizes.items():
+            held.setdefault(key.rpartition("/")[0], []).append(size)
+        return [
+            {
+                "array": path,
+                "dims": document.get("dimension_names"),
+                "shape": document["shape"],
+                "dtype": document.get("attributes", {}).get(DTYPE_ATTRIBUTE, document["data_type"]),
+                "bytes": sum(held.get(path, ())),
+                "files": len(held.get(path, ())),
+            }
+            for path, document in sorted(described.items())
+            if document["node_type"] == "array"
+        ]
 
 
 def _set_names(place: Place) -> list[str]:
