@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from zarr.abc.store import RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 
+T = TypeVar("T")
 Bytes = npt.NDArray[np.uint8]
 _TOGETHER = 32  # requests under way at once, which also bounds the memory they take
 
@@ -82,7 +83,7 @@ class StoreFiles:
         """As `Files.read`; many requests are under way at once."""
         remaining = iter(parts)
         while some := list(islice(remaining, _TOGETHER)):
-            yield from sync(self._together(some))
+            yield from answered(self._together(some), str(self.store))
 
     async def _together(self, parts: list[Part]) -> list[Bytes | None]:
         return await asyncio.gather(*map(self._part, parts))
@@ -93,6 +94,17 @@ class StoreFiles:
             wanted = RangeByteRequest(part.start, part.start + part.length)
         found = await self.store.get(f"{self.path}/{part.key}".lstrip("/"), default_buffer_prototype(), wanted)
         return None if found is None else found.as_numpy_array().view(np.uint8)
+
+
+def answered(call: Coroutine[Any, Any, T], name: str) -> T:
+    """Wait for a call of a Zarr store. Whatever a client library raises becomes an OSError, as a disk's would be."""
+    try:
+        return sync(call)
+    except OSError:
+        raise
+    except Exception as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f"{name}: {said}") from error
 
 
 def _read_into(target: Bytes, descriptor: int, start: int, path: Path) -> int:

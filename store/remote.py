@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 
 from zarr.abc.store import Store
 from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
 from zarr.storage import ObjectStore
 
 from pnlac_fast.store.errors import StoreError
-from pnlac_fast.store.files import StoreFiles
+from pnlac_fast.store.files import StoreFiles, answered
 from pnlac_fast.store.places import HIDDEN, Bytes, Place, Sum, sum_of
 
 METADATA = "zarr.json"
@@ -109,14 +108,7 @@ class RemotePlace(Place):
         return next(iter(self.sizes()), None)
 
     def _run(self, call: Coroutine[Any, Any, T]) -> T:
-        """Wait for a call of the store. Whatever a client library raises becomes an OSError, as a disk's would be."""
-        try:
-            return sync(call)
-        except OSError:
-            raise
-        except Exception as error:
-            said = (str(error) or type(error).__name__).splitlines()[0]
-            raise OSError(f"{self.name}: {said}") from error
+        return answered(call, self.name)
 
     def _check_writable(self) -> None:
         if self._writable.read_only:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from zarr.core.buffer import Buffer
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore, MemoryStore, WrapperStore
 
 from pnlac_fast.store import (
@@ -25,6 +26,7 @@ from pnlac_fast.store import (
     open_activations,
     open_contrast,
     open_result,
+    verify,
     write_result,
 )
 from pnlac_fast.store.places import Place, place_of
@@ -253,3 +255,21 @@ def test_places_that_cannot_be_used(bucket, sample, tmp_path: Path) -> None:
             call(other)
     sample.open(LocalStore(tmp_path / "l.zarr")).close()
     assert (tmp_path / "l.zarr" / "journal" / "store.json").exists()
+
+
+class Silent(WrapperStore[MemoryStore]):
+    """A store that answers no reads of parts of files."""
+
+    async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
+        if byte_range is not None:
+            raise RuntimeError("no answer")
+        return await super().get(key, prototype, byte_range)
+
+
+def test_a_service_that_does_not_answer_is_a_sentence(make_sample) -> None:
+    store = MemoryStore()
+    make_sample(raw="last").fill(store)
+    rows = open_activations(Silent(store), "base", "resid")
+    with pytest.raises((StoreError, OSError), match="no answer"):
+        rows.load()
+    assert "no answer" in verify(Silent(store))[0].problem
