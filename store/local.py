@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -77,7 +77,8 @@ class LocalPlace(Place):
             for name in files:
                 key = name if below == "." else f"{below}/{name}".replace(os.sep, "/")
                 if key.startswith(prefix) and not name.startswith(HIDDEN):
-                    found[key] = os.lstat(os.path.join(directory, name)).st_size
+                    with suppress(FileNotFoundError):  # a worker has just given a file its name
+                        found[key] = os.lstat(os.path.join(directory, name)).st_size
         return dict(sorted(found.items()))
 
     def remove(self, prefix: str) -> None:

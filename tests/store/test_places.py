@@ -1,6 +1,7 @@
 """Paths and names that are awkward, other people's directories, other versions of the format."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from pnlac_fast.store import (
     open_writer,
 )
 from pnlac_fast.store.journal import decode_line, encode_line
+from pnlac_fast.store.places import place_of
 
 HOSTILE = ("../../up", "/etc/passwd", "..", ".", "__x", "zarr.json", "C:\\x", "a b%2F", "Gesundheit/é中", "c", "A")
 
@@ -151,3 +153,15 @@ def test_importing_the_store_loads_no_torch():
     code = "import sys, pnlac_fast.store; print([m for m in ('torch', 'transformers', 'dask') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_listing_while_another_worker_gives_a_file_its_name(finished, monkeypatch):
+    place = place_of(finished)
+    before, walk = place.sizes(), os.walk
+
+    def with_one_gone(top):
+        for directory, folders, files in walk(top):
+            yield directory, folders, [*files, "c.0.partial"]
+
+    monkeypatch.setattr(os, "walk", with_one_gone)
+    assert place.sizes() == before
