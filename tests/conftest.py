@@ -1,4 +1,4 @@
-"""Small random models in the shape of real ones, and questions, made without a network."""
+"""Small random models in the shape of real ones, questions, and an object store, made without a network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import logging
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -119,3 +122,32 @@ def questions() -> tuple[Question, ...]:
             left = tuple(" ".join([WORDS[(i + t + k + 3) % 16], "equal", "fair", "."][: 3 + k]) for k in range(2))
             rows.append(Question(topic, " ".join([*words, "?"]), right, left))
     return tuple(rows)
+
+
+@pytest.fixture(scope="session")
+def service() -> Iterator[str]:
+    """The address of a server that speaks S3."""
+    moto = pytest.importorskip("moto.server")
+    pytest.importorskip("obstore")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(service: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """Give the URL of an empty bucket of a server that the environment names."""
+    name = f"bucket-{abs(hash(request.node.nodeid))}"
+    urllib.request.urlopen(urllib.request.Request(f"{service}/{name}", method="PUT")).close()
+    for variable, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": service,
+        "AWS_ALLOW_HTTP": "true",
+    }.items():
+        monkeypatch.setenv(variable, value)
+    return f"s3://{name}"

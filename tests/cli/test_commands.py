@@ -85,6 +85,21 @@ def test_workers_and_chosen_neurons(cli, world: Path, base, tuned, tmp_path: Pat
     assert rows["activation"].dtype == np.float32
 
 
+def test_a_store_in_s3(cli, world: Path, base, tuned, bucket: str, tmp_path: Path) -> None:
+    out = f"{bucket}/run.zarr"
+    done(cli("cache", *base, *tuned, "--out", out, "--tokens", "last,prompt", "--raw", "last"))
+    done(cli("locate", out, "--top", "40%", "-o", tmp_path / "neurons.json"))
+    mine, theirs = (json.loads(path.read_text()) for path in (tmp_path / "neurons.json", world / "neurons.json"))
+    assert [s["neurons"] for s in mine["sets"]] == [s["neurons"] for s in theirs["sets"]]
+    held = done(cli("info", out, "--verify", "--json")).json
+    assert (held["path"], held["complete"], held["findings"]) == (out, True, [])
+    assert held["neuron_sets"]
+    done(cli("score", *base, *tuned, "--store", out))
+    assert "stance" in stores.list_results(out)
+    done(cli("report", out, "-o", tmp_path / "report"))
+    assert (tmp_path / "report" / "index.html").exists()
+
+
 def test_info_is_readable(cli, world: Path) -> None:
     lines = table(done(cli("info", world / "run.zarr")).out)
     fields = {line.split("  ")[0]: line for line in lines if not line.startswith(" ")}

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import http.client
-import logging
 import threading
-import urllib.request
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -71,34 +68,6 @@ class Broken(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         pass
-
-
-@pytest.fixture(scope="module")
-def service() -> Iterator[str]:
-    moto = pytest.importorskip("moto.server")
-    pytest.importorskip("obstore")
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(service: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """Give the URL of an empty bucket of a server that the environment names."""
-    name = f"bucket-{abs(hash(request.node.nodeid))}"
-    urllib.request.urlopen(urllib.request.Request(f"{service}/{name}", method="PUT")).close()
-    for variable, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": service,
-        "AWS_ALLOW_HTTP": "true",
-    }.items():
-        monkeypatch.setenv(variable, value)
-    return f"s3://{name}"
 
 
 def everything(location: object) -> dict[str, bytes]:
