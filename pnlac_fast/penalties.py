@@ -8,6 +8,7 @@ and in the backward pass it adds the gradient of its term. Clipping, accumulatio
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
 
 
-class Penalty(TrainerCallback):
+class Penalty(TrainerCallback, ABC):
     """What all penalties share: their weight, their place in the model while it trains, and what they amounted to.
 
     The gradient of ``weight`` times the term's mean over the batch is added. Parts of an accumulated batch count
@@ -50,9 +51,9 @@ class Penalty(TrainerCallback):
         self._scaler: Any = None
         self._backward = 0
 
+    @abstractmethod
     def install(self, model: Model, module: nn.Module, place: ExitStack) -> None:
         """Put the hooks of the term into a model, and on ``place`` what removes them."""
-        raise NotImplementedError
 
     @property
     def scale(self) -> float:

@@ -14,6 +14,7 @@ Directions are what an earlier, plain fine-tune did to the residual stream on ot
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -122,7 +123,7 @@ class Rival:
         return Ablation({layer: self.directions[layer, : int(self.strength)] for layer in self.layers})
 
 
-class ResidualEdit(TrainerCallback):
+class ResidualEdit(TrainerCallback, ABC):
     """Edits the residual stream behind chosen blocks while a model trains, and only then.
 
     A callback of ``transformers.Trainer`` or TRL's ``SFTTrainer``. Evaluation, and the model afterwards, are plain.
@@ -140,9 +141,9 @@ class ResidualEdit(TrainerCallback):
         self._place = ExitStack()
         self._fired = 0
 
+    @abstractmethod
     def edit(self, hidden: Tensor, vector: Tensor) -> Tensor:
         """The residual stream, [batch, position, hidden], with what is to be done to it."""
-        raise NotImplementedError
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Put the hooks in place."""
