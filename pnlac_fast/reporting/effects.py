@@ -1,8 +1,9 @@
-"""What interventions do: patching, inhibited fine-tuning at equal steps and at equal shift, trajectories, scorers."""
+"""What interventions do: patching, inhibited fine-tuning at equal steps and at equal shifts, trajectories, scorers."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,9 +13,13 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
 from pnlac_fast.reporting import style, wording
 from pnlac_fast.reporting.rows import Estimate, MethodRow, PatchRow, PathPoint, ScoreRow
+from pnlac_fast.reporting.runs import EQUAL_SHIFT
 
 DIRECTIONS = {"tuned_into_base": "tuned into base", "base_into_tuned": "base into tuned"}
-COMPARISONS = {"equal steps": "At equal steps", "equal shift": "At equal on-topic shift"}
+COMPARISONS = {
+    "equal steps": "At equal steps",
+    **{name: f"At {style.percent(share)} of plain\u2019s shift" for name, share in reversed(EQUAL_SHIFT.items())},
+}
 
 
 def sentence_case(text: str) -> str:
@@ -91,7 +96,7 @@ def _bar(axes: Axes, y: float, estimate: Estimate, draws: Sequence[float], tint:
 
 
 def draw_methods(rows: Sequence[MethodRow], width: float, unit: str) -> Figure:
-    """Coupling left by each method, its random control on the line below, in both comparisons."""
+    """Coupling left by each method, its random control on the line below, in every comparison."""
     wide = style.is_wide(width)
     names = list(dict.fromkeys(style.controlled(r.method) for r in rows))
     names.sort(key=lambda n: n != "plain")
@@ -101,11 +106,12 @@ def draw_methods(rows: Sequence[MethodRow], width: float, unit: str) -> Figure:
         places[name] = y
         y += (1.25 if wide else 1.45) if name in controls else 0.8
     height = 0.46 * y + 0.9
-    figure = style.new_figure(width, height if wide else 2 * height + 0.1)
-    panels = figure.subplots(1, 2, sharex=True) if wide else figure.subplots(2, 1, sharex=True)
+    n = len(COMPARISONS)
+    figure = style.new_figure(width, height if wide else n * height + 0.1)
+    panels = figure.subplots(1, n, sharex=True) if wide else figure.subplots(n, 1, sharex=True)
     ceiling = max([r.coupling.high for r in rows if math.isfinite(r.coupling.high)] + [1e-9])
     ceiling = max([ceiling] + [c for r in rows for c in r.coupling_draws if math.isfinite(c)])
-    edge = ceiling * (1.33 if wide else 1.4)
+    edge = ceiling * (1.5 if wide else 1.4)
     for axes, comparison in zip(panels, COMPARISONS, strict=True):
         ticks: dict[float, str] = {}
         for row in (r for r in rows if r.comparison == comparison):
@@ -116,7 +122,7 @@ def draw_methods(rows: Sequence[MethodRow], width: float, unit: str) -> Figure:
             if row.method == "plain" and math.isfinite(row.coupling.value):
                 axes.axvline(row.coupling.value, color=style.PLAIN, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
             _reduction(axes, at, row, edge, control)
-        shown = wide and axes is panels[1]
+        shown = wide and axes is not panels[0]
         axes.set_yticks(list(ticks), [""] * len(ticks) if shown else list(ticks.values()))
         for label, at in zip(axes.get_yticklabels(), ticks, strict=True):
             grey = ticks[at] == "random neurons"
@@ -136,7 +142,7 @@ def draw_methods(rows: Sequence[MethodRow], width: float, unit: str) -> Figure:
             fontsize=8,
             color=style.FAINT,
         )
-        if wide or axes is panels[-1]:
+        if axes is panels[n // 2 if wide else -1]:
             axes.set_xlabel(f"coupling to the other topics [{unit}]")
     panels[0].set_xlim(0, edge * 1.01)
     panels[0].set_xticks([t for t in MaxNLocator(4).tick_values(0, ceiling) if t <= ceiling * 1.05])
@@ -144,10 +150,8 @@ def draw_methods(rows: Sequence[MethodRow], width: float, unit: str) -> Figure:
 
 
 def _method_tick(row: MethodRow, wide: bool) -> str:
-    label = sentence_case(style.method_label(row.method))
-    if not wide:
-        label = label.replace(" (top ", "\n(top ")
-    return label
+    label = sentence_case(style.method_label(row.method)).replace("top ", "top\u00a0")
+    return "\n".join(textwrap.wrap(label, 27 if wide else 18))
 
 
 def _dot(axes: Axes, y: float, row: MethodRow, control: bool) -> None:

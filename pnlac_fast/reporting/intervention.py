@@ -12,6 +12,7 @@ from pnlac_fast.reporting.doses import doses
 from pnlac_fast.reporting.method_shifts import method_shifts, shown_shifts
 from pnlac_fast.reporting.pareto import pareto
 from pnlac_fast.reporting.rows import MethodRow, PatchRow, PathPoint
+from pnlac_fast.reporting.runs import EQUAL_SHIFT
 from pnlac_fast.reporting.sections import Section, Shown, Table, absent, unit_of
 
 CURVE_COMMAND = "pnlac-fast patch --shares 1%,3%,10% --store"
@@ -75,7 +76,7 @@ def methods(contents: Contents, boots: int, seed: int) -> Section:
         return absent(key, title, "pnlac-fast report --run PLAIN")
     unit = unit_of(training)
     sentences = wording.method_sentences(rows)
-    goal = style.percent(tables.EQUAL_SHIFT)
+    goal = " and ".join(style.percent(share) for share in sorted(EQUAL_SHIFT.values()))
     best = _best(rows)
     sentences = [best, *sentences] if len(sentences) > 1 else sentences
     bars = Shown(
@@ -124,6 +125,7 @@ def methods(contents: Contents, boots: int, seed: int) -> Section:
 
 
 def _best(rows: Sequence[MethodRow]) -> str:
+    goal = style.percent(EQUAL_SHIFT["equal shift"])
     tried = [
         r
         for r in rows
@@ -133,11 +135,13 @@ def _best(rows: Sequence[MethodRow]) -> str:
         and r.reduction.sign > 0
     ]
     if not tried:
-        return "No method was shown to reduce coupling at equal on-topic shift."
+        return f"No method was shown to reduce coupling at {goal} of plain tuning\u2019s on-topic shift."
     top = max(tried, key=lambda r: r.reduction.value)
     label = style.method_label(top.method)
     cut = wording.percentage(top.reduction)
-    return f"The largest reduction at equal on-topic shift, {cut}, is that of \u201c{label}\u201d."
+    return (
+        f"The largest reduction at {goal} of plain tuning\u2019s on-topic shift, {cut}, is that of \u201c{label}\u201d."
+    )
 
 
 def _method_text(row: MethodRow) -> str:
@@ -150,19 +154,23 @@ def _path_text(method: str, paths: Sequence[PathPoint]) -> str:
 
 
 def _method_table(rows: Sequence[MethodRow], unit: str) -> Table:
-    header = ["Method", "Share of all", f"Coupling [{unit}]", "Reduction", "Reduction", "Retention", "Runs"]
-    header[2:5] = ["Reduction, equal steps", "Reduction, equal shift", f"Coupling, equal shift [{unit}]"]
+    at = [f"at {style.percent(share)} of plain\u2019s shift" for share in EQUAL_SHIFT.values()]
+    header = ["Method", "Share of all", "Reduction, equal steps", *(f"Reduction, {goal}" for goal in at)]
+    header += [f"Coupling, {at[0]} [{unit}]", "Retention", "Runs"]
     cells = []
     for method in dict.fromkeys(r.method for r in rows):
-        steps, shift = (next(r for r in rows if r.method == method and r.comparison == c) for c in effects.COMPARISONS)
+        steps, shift, *others = (
+            next(r for r in rows if r.method == method and r.comparison == c) for c in ("equal steps", *EQUAL_SHIFT)
+        )
         label = style.method_label(method)
         reached = f"{shift.reached} of {shift.runs}" if shift.reached < shift.runs else str(shift.runs)
-        cut = ["", ""] if method == "plain" else [wording.percentage(r.reduction) for r in (steps, shift)]
+        cut = ["" if method == "plain" else wording.percentage(r.reduction) for r in (steps, shift, *others)]
         share = style.percent(shift.share) if math.isfinite(shift.share) and shift.share > 0 else ""
         values = [wording.estimate(shift.coupling), wording.percentage(shift.retention), reached]
         cells.append([effects.sentence_case(label), share, *cut, *values])
+    goal = style.percent(EQUAL_SHIFT["equal shift"])
     caption = (
         "Reduction is 1 \u2212 C(method) / C(plain); retention the final on-topic shift over that of plain tuning. "
-        "Runs counts tuned topics times random draws; \u201c4 of 6\u201d means that four reached the shift compared at."
+        f"Runs counts tuned topics, seeds and random draws; \u201c4 of 6\u201d means that four reached {goal} of it."
     )
     return Table("methods", caption, header, cells, rows)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pnlac_fast.reporting import neurons, style, wording
 from pnlac_fast.reporting.contents import Contents
+from pnlac_fast.reporting.runs import EQUAL_SHIFT
 
 SITES = {
     "mlp_mid": "the input of the MLP\u2019s down projection",
@@ -117,11 +118,13 @@ def _compared(contents: Contents) -> str:
     controls = sum(style.is_control(m) for m in methods)
     seeds = len({int(s) for s in result["seed"].values}) if "seed" in result.coords else 1
     topics = len({str(t) for t in result["tuned_topic"].values})
+    shares = [style.percent(share) for share in sorted(EQUAL_SHIFT.values())]
     return (
         f"{wording.count(len(methods) - controls).capitalize()} methods of tuning, {wording.count(controls)} of them "
         f"with random neurons too, were compared over {wording.count(topics)} tuned topics and "
         f"{wording.count(seeds)} {'seed' if seeds == 1 else 'seeds'}, on {result.sizes['question']} probe questions "
-        "that were not tuned on, at equal steps and where each first reached 80 % of plain\u2019s on-topic shift."
+        f"that were not tuned on, at equal steps and where each first reached {_list(shares)} of "
+        "plain\u2019s on-topic shift."
     )
 
 

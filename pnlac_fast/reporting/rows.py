@@ -118,9 +118,10 @@ class PatchRow:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """Coupling of one method in one comparison, over tuned topics and draws.
+    """Coupling of one method in one comparison, over tuned topics, seeds and draws.
 
-    Comparisons are "equal steps", "equal shift", and "as trained": each run at its own end.
+    Comparisons are "equal steps"; "equal shift" and "equal shift 60 %", where the on-topic shift is first 80 % and 60 %
+    of plain tuning's; and "as trained": each run at its own end.
     """
 
     method: str
@@ -129,6 +130,7 @@ class MethodRow:
     runs: int
     reached: int
     draws: int
+    seeds: int
     coupling: Estimate
     reduction: Estimate
     retention: Estimate

@@ -20,8 +20,7 @@ from pnlac_fast.reporting.rows import (
     ScoreRow,
     ShiftCell,
 )
-
-EQUAL_SHIFT = 0.8  # of plain tuning's final on-topic shift, where methods are compared
+from pnlac_fast.reporting.runs import Compared, compared, per_run
 
 
 def texts(dataset: xr.Dataset, name: str, default: str = "") -> list[str]:
@@ -29,10 +28,6 @@ def texts(dataset: xr.Dataset, name: str, default: str = "") -> list[str]:
     if name not in dataset.coords:
         return [default] * dataset.sizes["run"]
     return [str(v) for v in dataset[name].values]
-
-
-def _numbers(dataset: xr.Dataset, name: str, default: float) -> np.ndarray:
-    return np.array(dataset[name].values if name in dataset.coords else np.full(dataset.sizes["run"], default))
 
 
 def _estimate(draws: np.ndarray) -> Estimate:
@@ -126,8 +121,8 @@ def patch_rows(patching: xr.Dataset, boots: int, seed: int) -> list[PatchRow]:
     tuned, neurons = texts(patching, "tuned_topic"), texts(patching, "neurons")
     keys = list(zip(texts(patching, "direction", "tuned_into_base"), texts(patching, "kind", "tuned"), strict=True))
     models = [m or t for m, t in zip(texts(patching, "model"), tuned, strict=True)]
-    draw = _numbers(patching, "draw", -1)
-    count, share = _numbers(patching, "count", 0), _numbers(patching, "share", np.nan)
+    draw = per_run(patching, "draw", -1)
+    count, share = per_run(patching, "count", 0), per_run(patching, "share", np.nan)
     ends: dict[tuple[str, str, str], int] = {}
     for i, name in enumerate(neurons):
         if name in ("none", "tuned"):
@@ -183,104 +178,53 @@ def _recovered(
 
 
 def method_rows(training: xr.Dataset, boots: int, seed: int) -> tuple[list[MethodRow], list[PathPoint]]:
-    """Every method beside plain tuning of its topic: at equal steps, at equal on-topic shift, at its end; its path.
+    """Every method beside plain tuning of its topic, see :func:`pnlac_fast.reporting.runs.compared`; its path.
 
-    Topics whose prompts a KL to base has seen do not count in its coupling, nor in that of the plain run beside it.
+    Intervals resample questions, and where there are several seeds also these (:func:`coupling.over_seeds`).
     """
-    steps = training["step"].transpose("run", "point").values
-    if (steps[:, 0] != 0).any():
-        raise UserError("A training result has no point at step 0, so there is no shift to report: tune again.")
-    topics = texts(training, "topic")
-    order = list(dict.fromkeys(topics))
-    weights = coupling.resamples(topics, boots, seed)
-    margin = training["margin"].transpose("run", "point", "question").values
-    methods, tuned = texts(training, "method"), texts(training, "tuned_topic")
-    draw, share = _numbers(training, "draw", -1), _numbers(training, "share", np.nan)
-    names = np.array(methods, dtype=object)
-    # Plain runs on topics that no other method was tried on would shift the average that the others are held against.
-    tried = {tuned[i] for i in range(len(methods)) if methods[i] != "plain"} or set(tuned)
-    runs = [i for i in range(len(methods)) if tuned[i] in tried & set(order) and len(order) > 1]
-
-    def shifts(run: int) -> np.ndarray:
-        stance = coupling.stances(margin[run], topics, order, weights=weights)
-        return stance - stance[:, :1]
-
-    seeds = _numbers(training, "seed", 0)
-    plain = {(tuned[i], int(seeds[i])): (i, shifts(i)) for i in runs if methods[i] == "plain"}
-    by_topic = {topic: pair for (topic, _), pair in reversed(plain.items())}
-    found: dict[str, dict[str, list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]]] = {}
-    points: dict[tuple[str, int, int], list[tuple[float, float]]] = {}
-    seen = texts(training, "kl_topics")
-    for run in runs:
-        judged = [i for i, t in enumerate(order) if t == tuned[run] or t not in seen[run].split("+")]
-        judged = judged if len(judged) > 1 else list(range(len(order)))  # see pnlac_fast.comparison.as_run
-        at = [order[i] for i in judged].index(tuned[run])
-        own = shifts(run)[..., judged]
-        side = np.sign(_final(own[:1], steps[run])[0, at]) or 1.0
-        for point in (steps[run] >= 0).nonzero()[0]:
-            here = own[0, point]
-            place = points.setdefault((methods[run], int(draw[run]), int(steps[run, point])), [])
-            place.append((float(side * here[at]), float(coupling.coupling(here, at))))
-        reference = plain.get((tuned[run], int(seeds[run])), by_topic.get(tuned[run]))
-        if reference is None:
-            continue
-        other, ordinary = reference[0], reference[1][..., judged]
-        last = min(steps[run].max(), steps[other].max())
-        target = EQUAL_SHIFT * _final(ordinary, steps[other])[:, at]
-        for comparison, mine, theirs in (
-            ("equal steps", _at_step(own, steps[run], last), _at_step(ordinary, steps[other], last)),
-            ("equal shift", coupling.at_shift(own, at, target), coupling.at_shift(ordinary, at, target)),
-            ("as trained", _final(own, steps[run]), _final(ordinary, steps[other])),
-        ):
-            kept = coupling.retention(_final(own, steps[run]), _final(ordinary, steps[other]), at)
-            sample = (coupling.coupling(mine, at), coupling.reduction(mine, theirs, at), kept)
-            found.setdefault(methods[run], {}).setdefault(comparison, []).append((int(draw[run]), *sample))
+    found, paths = compared(training, boots, seed)
+    share = per_run(training, "share", np.nan)
+    names = np.array(texts(training, "method"), dtype=object)
+    groups: dict[str, dict[str, list[Compared]]] = {}
+    for one in found:
+        groups.setdefault(one.method, {}).setdefault(one.comparison, []).append(one)
     rows = [
-        _method_row(method, comparison, found[method][comparison], float(share[names == method].mean()))
-        for method in found
-        for comparison in found[method]
+        _method_row(method, comparison, runs, float(share[names == method].mean()), seed)
+        for method, by_comparison in groups.items()
+        for comparison, runs in by_comparison.items()
     ]
-    paths = [PathPoint(m, d, s, *(float(v) for v in np.mean(p, axis=0))) for (m, d, s), p in points.items()]
     return rows, paths
 
 
-def _at_step(shift: np.ndarray, steps: np.ndarray, step: int) -> np.ndarray:
-    """Shifts [draw, topic] at a step, interpolated between the points of a run."""
-    valid = (steps >= 0).nonzero()[0]
-    place = int(np.searchsorted(steps[valid], step))
-    after = valid[place]
-    if steps[after] == step:
-        return shift[:, after]
-    before = valid[place - 1]
-    weight = (step - steps[before]) / (steps[after] - steps[before])
-    return shift[:, before] + weight * (shift[:, after] - shift[:, before])
-
-
-def _final(shift: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    return _at_step(shift, steps, steps.max())
-
-
-def _method_row(
-    method: str, comparison: str, found: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]], share: float
-) -> MethodRow:
-    reached = [f for f in found if np.isfinite(f[2][0])]
-    numbers = sorted({f[0] for f in reached})
-    several = style.is_control(method) and len(numbers) > 1
-    coupled = [float(np.mean([f[1][0] for f in reached if f[0] == n])) for n in numbers]
-    reduced = [float(np.mean([f[2][0] for f in reached if f[0] == n])) for n in numbers]
+def _method_row(method: str, comparison: str, found: list[Compared], share: float, seed: int) -> MethodRow:
+    reached = [one for one in found if one.reached]
+    draws = sorted({one.draw for one in reached})
+    several = style.is_control(method) and len(draws) > 1
+    coupled = [float(np.mean([one.coupling[0] for one in reached if one.draw == n])) for n in draws]
+    reduced = [float(np.mean([one.reduction[0] for one in reached if one.draw == n])) for n in draws]
     return MethodRow(
         method=method,
         comparison=comparison,
         share=share,
         runs=len(found),
         reached=len(reached),
-        draws=len({f[0] for f in found}),
-        coupling=_estimate(_mean([f[1] for f in reached])) if reached else MISSING,
-        reduction=_estimate(_mean([f[2] for f in reached])) if reached else MISSING,
-        retention=_estimate(_mean([f[3] for f in found])),
+        draws=len({one.draw for one in found}),
+        seeds=len({one.seed for one in found}),
+        coupling=_over_runs(reached, "coupling", seed),
+        reduction=_over_runs(reached, "reduction", seed),
+        retention=_over_runs(found, "retention", seed),
         coupling_draws=tuple(coupled) if several else (),
         reduction_draws=tuple(reduced) if several else (),
     )
+
+
+def _over_runs(runs: Sequence[Compared], figure: str, seed: int) -> Estimate:
+    """The mean over tuned topics and random draws, then over seeds."""
+    if not runs:
+        return MISSING
+    seeds = dict.fromkeys(one.seed for one in runs)
+    by_seed = [_mean([getattr(one, figure) for one in runs if one.seed == s]) for s in seeds]
+    return _estimate(coupling.over_seeds(np.stack(by_seed, 1), seed=seed) if len(by_seed) > 1 else by_seed[0])
 
 
 def scorer_name(scorer: str) -> str:

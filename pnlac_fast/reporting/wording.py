@@ -18,6 +18,7 @@ from pnlac_fast.reporting.rows import (
     PatchRow,
     ShiftCell,
 )
+from pnlac_fast.reporting.runs import EQUAL_SHIFT
 
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 FLAT = 0.10  # an interval that holds zero and stays within ±10 % is called no clear change, a wider one undecided
@@ -159,14 +160,22 @@ def patch_sentences(rows: Sequence[PatchRow]) -> list[str]:
 
 
 def method_sentences(rows: Sequence[MethodRow]) -> list[str]:
-    """For every method: what it did to coupling at equal on-topic shift, beside its random control."""
+    """For every method: what it did to coupling at equal on-topic shift, beside its random control.
+
+    The first of the shifts that it reached is told in full, the others in brackets.
+    """
     sentences = []
     for method in dict.fromkeys(r.method for r in rows):
         if method == "plain" or style.is_control(method):
             continue
         equal = {r.comparison: r for r in rows if r.method == method}
-        row, told = equal["equal shift"], "at equal on-topic shift"
-        if not math.isfinite(row.reduction.value):
+        reached = [equal[name] for name in EQUAL_SHIFT if math.isfinite(equal[name].reduction.value)]
+        if reached:
+            row, *others = reached
+            told = f"at {style.percent(EQUAL_SHIFT[row.comparison])} of plain tuning\u2019s on-topic shift"
+            also = [f"at {style.percent(EQUAL_SHIFT[o.comparison])}: {percentage(o.reduction)}" for o in others]
+            told += f" (reduction {', '.join(also)})" if also else ""
+        else:
             row, told = equal["equal steps"], "at equal steps (it never reached the on-topic shift of plain tuning)"
         control = next(
             (
@@ -196,7 +205,7 @@ def _method_sentence(row: MethodRow, told: str, control: MethodRow | None) -> st
         text = f"{act} did not clearly change coupling: {change} {told}"
     else:
         text = f"{act} was not shown to reduce coupling: {change} {told}, and the interval holds zero"
-    if row.reached < row.runs and row.comparison == "equal shift":
+    if row.reached < row.runs and row.comparison in EQUAL_SHIFT:
         text += f" ({row.reached} of {row.runs} runs reached it)"
     if control is None:
         return f"{text}."

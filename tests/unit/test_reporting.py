@@ -155,7 +155,34 @@ def test_reductions_are_those_put_in_at_equal_shift_though_learning_speeds_diffe
     # after 30 of its 80 steps the slower method is not yet where it ends
     assert found["specific_10", "equal steps"].reduction.value > 0.85
     assert len(found["specific_random_10", "equal shift"].reduction_draws) == 2
+    assert found["specific_10", "equal shift 60 %"].reduction.value == pytest.approx(0.8, abs=1e-6)
     assert {p.step for p in paths if p.method == "specific_10"} == {0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80}
+
+
+def test_a_method_is_told_at_the_shift_it_reached() -> None:
+    methods = {
+        "plain": (1.0, 1.0, 30, 1.0, 0),
+        "specific_10": (0.7, 0.4, 80, 0.03, 0),  # ends at 70 % of plain's on-topic shift
+        "anchor_5": (1.0, 0.4, 30, 0.05, 0),
+    }
+    rows, _ = tables.method_rows(training_result(TOPICS[:3], 6, methods), 50, 0)
+    found = {(r.method, r.comparison): r for r in rows}
+    assert (found["specific_10", "equal shift"].reached, found["specific_10", "equal shift 60 %"].reached) == (0, 3)
+    few, both = wording.method_sentences(rows)
+    assert "at 60\u00a0% of plain tuning\u2019s on-topic shift." in few
+    assert "at 80\u00a0% of plain tuning\u2019s on-topic shift (reduction at 60\u00a0%: " in both
+
+
+def test_intervals_of_methods_cover_seeds_too() -> None:
+    methods = {"plain": (1.0, 1.0, 30, 1.0, 0), "anchor_5": (1.0, 0.5, 30, 0.05, 0)}
+    weaker = methods | {"anchor_5": (1.0, 0.9, 30, 0.05, 0)}
+    runs = [training_result(TOPICS[:3], 30, m, noise=0.0) for m in (methods, weaker)]
+    together = xr.concat([run.assign_coords(seed=("run", [i] * run.sizes["run"])) for i, run in enumerate(runs)], "run")
+    rows, _ = tables.method_rows(together, 200, 0)
+    found = {(r.method, r.comparison): r for r in rows}["anchor_5", "equal shift"]
+    assert found.seeds == 2
+    assert found.reduction.value == pytest.approx(0.3, abs=1e-6)
+    assert (found.reduction.low, found.reduction.high) == pytest.approx((0.1, 0.5), abs=1e-6)
 
 
 def test_plain_is_averaged_over_the_topics_that_other_methods_were_tried_on() -> None:
