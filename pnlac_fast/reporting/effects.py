@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,11 +19,6 @@ COMPARISONS = {
     "equal steps": "At equal steps",
     **{name: f"At {style.percent(share)} of plain\u2019s shift" for name, share in reversed(EQUAL_SHIFT.items())},
 }
-
-
-def sentence_case(text: str) -> str:
-    """The text with a capital first letter, the rest untouched."""
-    return text[:1].upper() + text[1:]
 
 
 def _labelled(name: str, below: str) -> str:
@@ -117,7 +111,7 @@ def draw_methods(rows: Sequence[MethodRow], width: float, unit: str) -> Figure:
         for row in (r for r in rows if r.comparison == comparison):
             control = style.is_control(row.method)
             at = places[style.controlled(row.method)] + ((0.5 if wide else 0.65) if control else 0)
-            ticks[at] = "random neurons" if control else _method_tick(row, wide)
+            ticks[at] = "random neurons" if control else style.method_lines(row.method, 27 if wide else 18)
             _dot(axes, at, row, control)
             if row.method == "plain" and math.isfinite(row.coupling.value):
                 axes.axvline(row.coupling.value, color=style.PLAIN, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)
@@ -147,11 +141,6 @@ def draw_methods(rows: Sequence[MethodRow], width: float, unit: str) -> Figure:
     panels[0].set_xlim(0, edge * 1.01)
     panels[0].set_xticks([t for t in MaxNLocator(4).tick_values(0, ceiling) if t <= ceiling * 1.05])
     return figure
-
-
-def _method_tick(row: MethodRow, wide: bool) -> str:
-    label = sentence_case(style.method_label(row.method)).replace("top ", "top\u00a0")
-    return "\n".join(textwrap.wrap(label, 27 if wide else 18))
 
 
 def _dot(axes: Axes, y: float, row: MethodRow, control: bool) -> None:
@@ -228,10 +217,10 @@ def draw_paths(points: Sequence[PathPoint], width: float, unit: str) -> Figure:
                 linestyle=(0, (1, 2)),
                 clip_on=False,
             )
-            axes.text(beside * 1.01, at, sentence_case(style.method_label(name)), va="center", color=tint)
+            axes.text(beside * 1.01, at, wording.sentence_case(style.method_label(name)), va="center", color=tint)
     else:
         handles = [axes.plot([], [], color=style.colour(m), linestyle=dash(m), linewidth=2)[0] for m in ends]
-        names = [sentence_case(style.method_label(m)) for m in ends]
+        names = [wording.sentence_case(style.method_label(m)) for m in ends]
         figure.legend(handles, names, loc="outside lower left", frameon=False, fontsize=8, labelspacing=0.2)
     if any(style.is_control(m) for m, _ in lines):
         axes.text(
@@ -271,7 +260,7 @@ def draw_scorers(rows: Sequence[ScoreRow], width: float) -> Figure:
         axes.tick_params(axis="y", length=0)
         axes.spines["left"].set_visible(False)
         axes.grid(axis="x")
-        axes.set_title(sentence_case(scorer))
+        axes.set_title(wording.sentence_case(scorer))
         axes.set_xlim(-1.05, 1.05)
         axes.xaxis.set_major_locator(MultipleLocator(0.5))
         if wide or axes is panels[-1]:

@@ -9,10 +9,11 @@ from pnlac_fast.reporting import effects, style, tables, wording
 from pnlac_fast.reporting.contents import Contents
 from pnlac_fast.reporting.curve import curve
 from pnlac_fast.reporting.doses import doses
+from pnlac_fast.reporting.each_run import each_run
 from pnlac_fast.reporting.method_shifts import method_shifts, shown_shifts
 from pnlac_fast.reporting.pareto import pareto
 from pnlac_fast.reporting.rows import MethodRow, PatchRow, PathPoint
-from pnlac_fast.reporting.runs import EQUAL_SHIFT
+from pnlac_fast.reporting.runs import EQUAL_SHIFT, compared
 from pnlac_fast.reporting.sections import Section, Shown, Table, absent, unit_of
 
 CURVE_COMMAND = "pnlac-fast patch --shares 1%,3%,10% --store"
@@ -69,12 +70,13 @@ def methods(contents: Contents, boots: int, seed: int) -> Section:
     """Coupling of every method at equal steps and at equal on-topic shift, and its path."""
     key, title = "methods", "What keeps the other topics still"
     training = contents.results.get("training")
-    rows, paths = tables.method_rows(training, boots, seed) if training is not None else ([], [])
     if training is None:
         return absent(key, title, "pnlac-fast report --run")
+    found, paths = compared(training, boots, seed)
+    rows = tables.over_methods(found, seed)
     if not rows:  # nothing to compare with
         return absent(key, title, "pnlac-fast report --run PLAIN")
-    unit = unit_of(training)
+    unit, seeds = unit_of(training), len({one.seed for one in found})
     sentences = wording.method_sentences(rows)
     goal = " and ".join(style.percent(share) for share in sorted(EQUAL_SHIFT.values()))
     best = _best(rows)
@@ -82,7 +84,8 @@ def methods(contents: Contents, boots: int, seed: int) -> Section:
     bars = Shown(
         "methods",
         f"{best} After equally many steps, and where each run first reaches {goal} of plain tuning\u2019s "
-        "final on-topic shift. Percentages: change of coupling against plain tuning, averaged over tuned topics.",
+        "final on-topic shift. Percentages: change of coupling against plain tuning, averaged over tuned topics"
+        f"{' and ' + wording.count(seeds) + ' seeds' if seeds > 1 else ''}.",
         "Coupling of each method. " + "; ".join(_method_text(r) for r in rows if not style.is_control(r.method)) + ".",
         lambda width: effects.draw_methods(rows, width, unit),
     )
@@ -111,6 +114,10 @@ def methods(contents: Contents, boots: int, seed: int) -> Section:
     if (ends := pareto(rows, paths)) is not None:
         sentences = [*sentences, ends[0]]
         figures.append(ends[1])
+    if (every_run := each_run(found)) is not None:
+        sentences += every_run[0]
+        figures.insert(1, every_run[1])
+        shown.append(every_run[2])
     lacking = []
     if (sizes := doses(rows)) is not None:
         sentences += sizes[0]
@@ -167,7 +174,7 @@ def _method_table(rows: Sequence[MethodRow], unit: str) -> Table:
         cut = ["" if method == "plain" else wording.percentage(r.reduction) for r in (steps, shift, *others)]
         share = style.percent(shift.share) if math.isfinite(shift.share) and shift.share > 0 else ""
         values = [wording.estimate(shift.coupling), wording.percentage(shift.retention), reached]
-        cells.append([effects.sentence_case(label), share, *cut, *values])
+        cells.append([wording.sentence_case(label), share, *cut, *values])
     goal = style.percent(EQUAL_SHIFT["equal shift"])
     caption = (
         "Reduction is 1 \u2212 C(method) / C(plain); retention the final on-topic shift over that of plain tuning. "

@@ -14,6 +14,7 @@ from matplotlib.patches import Rectangle
 from pnlac_fast import coupling
 from pnlac_fast.reporting import style, wording
 from pnlac_fast.reporting.rows import MISSING, Estimate
+from pnlac_fast.reporting.runs import over_runs, per_run
 from pnlac_fast.reporting.sections import Shown, Table
 
 MOST = 10  # methods in the figure; the table has all
@@ -35,6 +36,7 @@ def method_shifts(training: xr.Dataset, boots: int, seed: int) -> list[MethodShi
     topics = [str(t) for t in training["topic"].values]
     order = list(dict.fromkeys(topics))
     methods, tuned = ([str(v) for v in training[name].values] for name in ("method", "tuned_topic"))
+    seeds = [int(s) for s in per_run(training, "seed", 0)]
     weights = coupling.resamples(topics, boots, seed)
     margin = training["margin"].transpose("run", "point", "question").values
     step = training["step"].transpose("run", "point").values
@@ -46,11 +48,12 @@ def method_shifts(training: xr.Dataset, boots: int, seed: int) -> list[MethodShi
         for i, method in enumerate(methods):
             if tuned[i] == topic:
                 groups.setdefault(method, []).append(i)
-        plain = shift[:, groups["plain"]].mean(1) if "plain" in groups else None
-        for method, runs in groups.items():
-            own = shift[:, runs].mean(1)
+        means = {
+            m: over_runs([shift[:, i] for i in runs], [seeds[i] for i in runs], seed) for m, runs in groups.items()
+        }
+        for method, own in means.items():
             for at, probe in enumerate(order):
-                apart = MISSING if plain is None else _estimate(own[:, at] - plain[:, at])
+                apart = _estimate(own[:, at] - means["plain"][:, at]) if "plain" in means else MISSING
                 cells.append(MethodShift(method, topic, probe, _estimate(own[:, at]), apart))
     return cells
 

@@ -25,9 +25,9 @@ FIGURES = {
 
 
 def model_card(contents: Contents, boots: int, seed: int) -> str:
-    """Markdown, a section for each tuned model whose stance was scored; empty where none was."""
+    """Markdown, a section for each tuned model whose stance was scored; empty where none was, or several bases were."""
     stance = contents.results.get("stance")
-    if stance is None or stance.sizes["run"] < 2:
+    if stance is None or stance.sizes["run"] < 2 or tables.texts(stance, "model").count("base") > 1:
         return ""
     records = summary(stance.assign_attrs(scorer="logprob"), boots=boots, seed=seed)
     base = next(r for r in records if r["model"] == "base")

@@ -19,6 +19,7 @@ from pnlac_fast.reporting.judges import scorers
 from pnlac_fast.reporting.model_card import model_card
 from pnlac_fast.reporting.protocol import protocol
 from pnlac_fast.reporting.rows import to_csv
+from pnlac_fast.reporting.runs import per_run
 from pnlac_fast.reporting.sections import Section, Shown
 from pnlac_fast.reporting.stability import stability
 from pnlac_fast.reporting.utility import utility
@@ -123,6 +124,7 @@ def write_report(
         papers=PAPERS,
         boots=boots,
         seed=seed,
+        seeds=seeds(contents),
         version=pnlac_fast.__version__,
     )
     path = folder / "index.html"
@@ -169,6 +171,11 @@ def inline(png: bytes) -> str:
 def size(png: bytes) -> tuple[int, int]:
     """Width and height in pixels, from the header of a PNG."""
     return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
+
+
+def seeds(contents: Contents) -> int:
+    """The most seeds that one result has."""
+    return max((len(set(per_run(r, "seed", 0))) for r in contents.results.values() if "run" in r.sizes), default=1)
 
 
 def is_synthetic(contents: Contents) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ class Compared:
     tuned_topic: str
     seed: int
     draw: int
+    share: float
     coupling: np.ndarray
     reduction: np.ndarray
     retention: np.ndarray
@@ -52,7 +54,7 @@ def compared(training: xr.Dataset, boots: int, seed: int) -> tuple[list[Compared
     weights = coupling.resamples(topics, boots, seed)
     margin = training["margin"].transpose("run", "point", "question").values
     methods, tuned = ([str(v) for v in training[name].values] for name in ("method", "tuned_topic"))
-    draw, seeds = per_run(training, "draw", -1), per_run(training, "seed", 0)
+    draw, seeds, share = (per_run(training, *n) for n in (("draw", -1), ("seed", 0), ("share", np.nan)))
     seen = [str(t) for t in training["kl_topics"].values] if "kl_topics" in training.coords else [""] * len(methods)
     # Plain runs on topics that no other method was tried on would shift the average that the others are held against.
     tried = {tuned[i] for i in range(len(methods)) if methods[i] != "plain"} or set(tuned)
@@ -83,8 +85,8 @@ def compared(training: xr.Dataset, boots: int, seed: int) -> tuple[list[Compared
         last = min(steps[run].max(), steps[other].max())
         final, whole = _final(own, steps[run]), _final(ordinary, steps[other])
         pairs = {"equal steps": (_at_step(own, steps[run], last), _at_step(ordinary, steps[other], last))}
-        for name, share in EQUAL_SHIFT.items():
-            target = share * whole[:, at]
+        for name, goal in EQUAL_SHIFT.items():
+            target = goal * whole[:, at]
             pairs[name] = (coupling.at_shift(own, at, target), coupling.at_shift(ordinary, at, target))
         pairs["as trained"] = (final, whole)
         kept = coupling.retention(final, whole, at)
@@ -95,6 +97,7 @@ def compared(training: xr.Dataset, boots: int, seed: int) -> tuple[list[Compared
                 tuned_topic=tuned[run],
                 seed=int(seeds[run]),
                 draw=int(draw[run]),
+                share=float(share[run]),
                 coupling=coupling.coupling(mine, at),
                 reduction=coupling.reduction(mine, theirs, at),
                 retention=kept,
@@ -103,6 +106,17 @@ def compared(training: xr.Dataset, boots: int, seed: int) -> tuple[list[Compared
         ]
     paths = [PathPoint(m, d, s, *(float(v) for v in np.mean(p, axis=0))) for (m, d, s), p in points.items()]
     return found, paths
+
+
+def over_runs(samples: Sequence[np.ndarray], seeds: Sequence[int], seed: int) -> np.ndarray:
+    """Mean of the figures of several runs, each [draw, ...]: within a seed first, then over the seeds.
+
+    Where there are several, they are resampled as well, see :func:`pnlac_fast.coupling.over_seeds`.
+    """
+    by_seed = [
+        np.mean([own for own, of in zip(samples, seeds, strict=True) if of == s], axis=0) for s in dict.fromkeys(seeds)
+    ]
+    return coupling.over_seeds(np.stack(by_seed, 1), seed=seed) if len(by_seed) > 1 else by_seed[0]
 
 
 def per_run(dataset: xr.Dataset, name: str, default: float) -> np.ndarray:

@@ -159,7 +159,7 @@ def percent(share: float) -> str:
         )
     whole = abs(value) >= 9.95 or (abs(value) >= 0.95 and abs(value - round(value)) < 0.05)
     digits = 0 if whole else 1 if abs(value) >= 0.095 else 2
-    return f"{value:.{digits}f}\u00a0%"
+    return f"{value:.{digits}f}\u00a0%".replace("-", "\u2212")
 
 
 def method_label(method: str, share: float | None = None) -> str:
@@ -198,6 +198,12 @@ def method_label(method: str, share: float | None = None) -> str:
     if is_control(method):
         return f"random instead of {label}" if name not in words else f"{label}: random neurons"
     return label if share is None or name == "plain" else f"{label}, {percent(share)} of neurons"
+
+
+def method_lines(method: str, width: int) -> str:
+    """What a method does, broken over lines of at most `width` characters, a number with its sign of percent."""
+    label = method_label(method).replace("top ", "top\u00a0")
+    return "\n".join(textwrap.wrap(label[:1].upper() + label[1:], width))
 
 
 def spread_labels(positions: list[float], gap: float, low: float, high: float) -> list[float]:

@@ -20,7 +20,7 @@ from pnlac_fast.reporting.rows import (
     ScoreRow,
     ShiftCell,
 )
-from pnlac_fast.reporting.runs import Compared, compared, per_run
+from pnlac_fast.reporting.runs import Compared, compared, over_runs, per_run
 
 
 def texts(dataset: xr.Dataset, name: str, default: str = "") -> list[str]:
@@ -32,10 +32,6 @@ def texts(dataset: xr.Dataset, name: str, default: str = "") -> list[str]:
 
 def _estimate(draws: np.ndarray) -> Estimate:
     return Estimate(*(float(v) for v in coupling.interval(draws)))
-
-
-def _mean(samples: Sequence[np.ndarray]) -> np.ndarray:
-    return np.mean(samples, axis=0)
 
 
 def _stances(dataset: xr.Dataset, boots: int, seed: int, measure: str = "margin") -> tuple[np.ndarray, list[str]]:
@@ -51,37 +47,43 @@ def _values(dataset: xr.Dataset) -> np.ndarray:
     return dataset["margin" if "margin" in dataset else "label"].transpose("run", "question").values
 
 
-def _base_run(dataset: xr.Dataset) -> int:
-    names = texts(dataset, "model")
-    if "base" not in names:
+def _bases(dataset: xr.Dataset) -> list[int]:
+    """For each run that of its base model: where several bases, by seed, are in one result, the base of its seed."""
+    names, seeds = texts(dataset, "model"), per_run(dataset, "seed", 0)
+    bases = {int(seeds[i]): i for i, name in reversed([*enumerate(names)]) if name == "base"}
+    if not bases or not set(map(int, seeds)) <= set(bases):
         raise UserError("A stance result lacks the base model, so there is no shift: run pnlac-fast score again.")
-    return names.index("base")
+    return [bases[int(s)] for s in seeds]
 
 
 def shift_rows(stance: xr.Dataset, boots: int, seed: int) -> tuple[list[ShiftCell], list[CouplingRow]]:
     """Shift of every probe topic per tuned topic (plain tuning where there is any), and coupling of every model."""
     draws, order = _stances(stance, boots, seed)
-    base = _base_run(stance)
-    shift = draws - draws[:, [base]]
+    bases, seeds = _bases(stance), [int(s) for s in per_run(stance, "seed", 0)]
+    shift = draws - draws[:, bases]
     methods = [m or "plain" for m in texts(stance, "method")]
     rows = [t or n for t, n in zip(texts(stance, "tuned_topic"), texts(stance, "model"), strict=True)]
     counts = {t: int((stance["topic"].values == t).sum()) for t in order}
-    runs = [i for i in range(len(rows)) if i != base]
+    runs = [i for i in range(len(rows)) if i not in bases]
     shown = "plain" if any(methods[i] == "plain" for i in runs) else methods[runs[0]] if runs else ""
     cells = []
     for tuned in sorted(dict.fromkeys(rows[i] for i in runs if methods[i] == shown), key=_position(order)):
         mine = [i for i in runs if rows[i] == tuned and methods[i] == shown]
         for at, probe in enumerate(order):
-            cells.append(ShiftCell(tuned, probe, _estimate(shift[:, mine, at].mean(1)), counts[probe], len(mine)))
+            mean = over_runs([shift[:, i, at] for i in mine], [seeds[i] for i in mine], seed)
+            cells.append(ShiftCell(tuned, probe, _estimate(mean), counts[probe], len(mine)))
     table = []
     for method in dict.fromkeys(methods[i] for i in runs):
         groups = {t: [i for i in runs if rows[i] == t and methods[i] == method] for t in order}
-        parts = [_coupling_draws(shift, groups[t], order.index(t)) for t in order if groups[t] and len(order) > 1]
-        names = [t for t in order if groups[t]]
-        for name, part in zip(names, parts, strict=False):
-            table.append(CouplingRow(method, name, *map(_estimate, part)))
+        parts = {}
+        for t, own in groups.items():
+            if own and len(order) > 1:
+                found = _coupling_draws(shift, own, order.index(t))
+                parts[t] = [over_runs(figure, [seeds[i] for i in own], seed) for figure in found]
+        table += [CouplingRow(method, t, *map(_estimate, part)) for t, part in parts.items()]
         if len(parts) > 1:
-            table.append(CouplingRow(method, "", *(_estimate(_mean(p)) for p in zip(*parts, strict=True))))
+            means = (np.mean(figure, axis=0) for figure in zip(*parts.values(), strict=True))
+            table.append(CouplingRow(method, "", *map(_estimate, means)))
     return cells, table
 
 
@@ -90,24 +92,27 @@ def by_side(dataset: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
 
     Models whose side is not known stand with the first.
     """
-    sides, base = texts(dataset, "side"), _base_run(dataset)
-    found = sorted({s for i, s in enumerate(sides) if s and i != base}, key=lambda s: (-sides.count(s), s != "right"))
+    sides, bases = texts(dataset, "side"), _bases(dataset)
+    found = sorted(
+        {s for i, s in enumerate(sides) if s and i not in bases}, key=lambda s: (-sides.count(s), s != "right")
+    )
     if len(found) < 2:
         return [("".join(found), dataset)]
     parts = []
     for side in found:
         taken = (side, "") if side == found[0] else (side,)
-        parts.append((side, dataset.isel(run=[i for i, s in enumerate(sides) if i == base or s in taken])))
+        parts.append((side, dataset.isel(run=[i for i, s in enumerate(sides) if i in bases or s in taken])))
     return parts
 
 
-def _coupling_draws(shift: np.ndarray, runs: list[int], at: int) -> tuple[np.ndarray, ...]:
+def _coupling_draws(shift: np.ndarray, runs: list[int], at: int) -> tuple[list[np.ndarray], ...]:
+    """On-topic shift, off-topic shift, coupling and ratio [draw] of every run on one tuned topic."""
     own = [shift[:, i] for i in runs]
     return (
-        _mean([s[:, at] for s in own]),
-        _mean([coupling.off_topic(s, at).mean(-1) for s in own]),
-        _mean([coupling.coupling(s, at) for s in own]),
-        _mean([coupling.coupling_ratio(s, at) for s in own]),
+        [s[:, at] for s in own],
+        [coupling.off_topic(s, at).mean(-1) for s in own],
+        [coupling.coupling(s, at) for s in own],
+        [coupling.coupling_ratio(s, at) for s in own],
     )
 
 
@@ -116,20 +121,21 @@ def _position(order: list[str]) -> Callable[[str], int]:
 
 
 def patch_rows(patching: xr.Dataset, boots: int, seed: int) -> list[PatchRow]:
-    """Recovered fraction per direction, kind of patch and set of neurons, over all tuned topics."""
+    """Recovered fraction per direction, kind of patch and set of neurons, pooled over tuned topics, mean over seeds."""
     draws, order = _stances(patching, boots, seed)
     tuned, neurons = texts(patching, "tuned_topic"), texts(patching, "neurons")
     keys = list(zip(texts(patching, "direction", "tuned_into_base"), texts(patching, "kind", "tuned"), strict=True))
-    models = [m or t for m, t in zip(texts(patching, "model"), tuned, strict=True)]
+    seeds = [int(s) for s in per_run(patching, "seed", 0)]
+    models = [(m or t, s) for m, t, s in zip(texts(patching, "model"), tuned, seeds, strict=True)]
     draw = per_run(patching, "draw", -1)
     count, share = per_run(patching, "count", 0), per_run(patching, "share", np.nan)
-    ends: dict[tuple[str, str, str], int] = {}
+    ends: dict[tuple[str, tuple[str, int], str], int] = {}
     for i, name in enumerate(neurons):
         if name in ("none", "tuned"):
             ends[keys[i][0], models[i], name] = i
     # A sweep over sizes has several runs of one name: the n-th size of every tuned model belongs together.
     groups: dict[tuple[str, str, str, int], list[int]] = {}
-    seen: dict[tuple[str, str, str, str, int], int] = {}
+    seen: dict[tuple[str, str, str, tuple[str, int], int], int] = {}
     for i in np.argsort(count, kind="stable"):
         if neurons[i] in ("none", "tuned") or tuned[i] not in order:
             continue
@@ -140,7 +146,9 @@ def patch_rows(patching: xr.Dataset, boots: int, seed: int) -> list[PatchRow]:
     for (direction, kind, name, _), runs in groups.items():
         pairs = [(i, ends[direction, models[i], "none"], ends[direction, models[i], "tuned"]) for i in runs]
         numbers = sorted({int(draw[i]) for i in runs})
-        whole = _recovered(draws, pairs, tuned, order)
+        of = list(dict.fromkeys(seeds[i] for i in runs))
+        parts = [_recovered(draws, [p for p in pairs if seeds[p[0]] == s], tuned, order) for s in of]
+        whole = [over_runs([part[n] for part in parts], of, seed) for n in (0, 1)]
         each = [_recovered(draws[:1], [p for p in pairs if draw[p[0]] == n], tuned, order) for n in numbers]
         rows.append(
             PatchRow(
@@ -178,25 +186,27 @@ def _recovered(
 
 
 def method_rows(training: xr.Dataset, boots: int, seed: int) -> tuple[list[MethodRow], list[PathPoint]]:
-    """Every method beside plain tuning of its topic, see :func:`pnlac_fast.reporting.runs.compared`; its path.
+    """Every method beside plain tuning of its topic, see :func:`over_methods`; and its path."""
+    found, paths = compared(training, boots, seed)
+    return over_methods(found, seed), paths
+
+
+def over_methods(found: Sequence[Compared], seed: int) -> list[MethodRow]:
+    """A row for each method and comparison, from :func:`pnlac_fast.reporting.runs.compared`.
 
     Intervals resample questions, and where there are several seeds also these (:func:`coupling.over_seeds`).
     """
-    found, paths = compared(training, boots, seed)
-    share = per_run(training, "share", np.nan)
-    names = np.array(texts(training, "method"), dtype=object)
     groups: dict[str, dict[str, list[Compared]]] = {}
     for one in found:
         groups.setdefault(one.method, {}).setdefault(one.comparison, []).append(one)
-    rows = [
-        _method_row(method, comparison, runs, float(share[names == method].mean()), seed)
+    return [
+        _method_row(method, comparison, runs, seed)
         for method, by_comparison in groups.items()
         for comparison, runs in by_comparison.items()
     ]
-    return rows, paths
 
 
-def _method_row(method: str, comparison: str, found: list[Compared], share: float, seed: int) -> MethodRow:
+def _method_row(method: str, comparison: str, found: list[Compared], seed: int) -> MethodRow:
     reached = [one for one in found if one.reached]
     draws = sorted({one.draw for one in reached})
     several = style.is_control(method) and len(draws) > 1
@@ -205,26 +215,24 @@ def _method_row(method: str, comparison: str, found: list[Compared], share: floa
     return MethodRow(
         method=method,
         comparison=comparison,
-        share=share,
+        share=float(np.mean([one.share for one in found])),
         runs=len(found),
         reached=len(reached),
         draws=len({one.draw for one in found}),
         seeds=len({one.seed for one in found}),
-        coupling=_over_runs(reached, "coupling", seed),
-        reduction=_over_runs(reached, "reduction", seed),
-        retention=_over_runs(found, "retention", seed),
+        coupling=_over(reached, "coupling", seed),
+        reduction=_over(reached, "reduction", seed),
+        retention=_over(found, "retention", seed),
         coupling_draws=tuple(coupled) if several else (),
         reduction_draws=tuple(reduced) if several else (),
     )
 
 
-def _over_runs(runs: Sequence[Compared], figure: str, seed: int) -> Estimate:
-    """The mean over tuned topics and random draws, then over seeds."""
+def _over(runs: Sequence[Compared], figure: str, seed: int) -> Estimate:
+    """The mean over tuned topics, random draws and seeds."""
     if not runs:
         return MISSING
-    seeds = dict.fromkeys(one.seed for one in runs)
-    by_seed = [_mean([getattr(one, figure) for one in runs if one.seed == s]) for s in seeds]
-    return _estimate(coupling.over_seeds(np.stack(by_seed, 1), seed=seed) if len(by_seed) > 1 else by_seed[0])
+    return _estimate(over_runs([getattr(one, figure) for one in runs], [one.seed for one in runs], seed))
 
 
 def scorer_name(scorer: str) -> str:
@@ -242,16 +250,18 @@ def score_rows(results: Mapping[str, xr.Dataset], boots: int, seed: int) -> list
         dataset = by_side(whole)[0][1]
         draws, order = _stances(dataset, boots, seed, measure="S")
         values = _values(dataset)
-        base, tuned, methods = _base_run(dataset), texts(dataset, "tuned_topic"), texts(dataset, "method")
+        bases, tuned, methods = _bases(dataset), texts(dataset, "tuned_topic"), texts(dataset, "method")
         topics = np.array(texts(dataset, "topic"), dtype=object)
-        plain = [i for i in range(len(tuned)) if i != base and tuned[i] and methods[i] in ("", "plain")]
+        seeds = [int(s) for s in per_run(dataset, "seed", 0)]
+        plain = [i for i in range(len(tuned)) if i not in bases and tuned[i] and methods[i] in ("", "plain")]
         for at, topic in enumerate(order):
             for after, runs in (
-                ("base", [base]),
+                ("base", sorted(set(bases))),
                 ("this topic", [i for i in plain if tuned[i] == topic]),
                 ("another topic", [i for i in plain if tuned[i] != topic]),
             ):
                 if runs:
+                    own = over_runs([draws[:, i, at] for i in runs], [seeds[i] for i in runs], seed)
                     missing = float((values[np.ix_(runs, topics == topic)] == 0).mean())
-                    rows.append(ScoreRow(scorer, topic, after, _estimate(draws[:, runs, at].mean(1)), missing))
+                    rows.append(ScoreRow(scorer, topic, after, _estimate(own), missing))
     return rows

@@ -24,6 +24,11 @@ _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", 
 FLAT = 0.10  # an interval that holds zero and stays within ±10 % is called no clear change, a wider one undecided
 
 
+def sentence_case(text: str) -> str:
+    """The text with a capital first letter, the rest untouched."""
+    return text[:1].upper() + text[1:]
+
+
 def count(number: int) -> str:
     """A small count as a word."""
     return _WORDS[number] if number < len(_WORDS) else str(number)

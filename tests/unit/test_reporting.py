@@ -26,8 +26,15 @@ from pnlac_fast import store as stores
 from pnlac_fast.errors import UserError
 from pnlac_fast.reporting import report, style, tables, wording, write_report
 from pnlac_fast.reporting.contents import Contents
+from pnlac_fast.reporting.each_run import run_rows, run_sentence
 from pnlac_fast.reporting.page import build
 from pnlac_fast.reporting.rows import Estimate
+from pnlac_fast.reporting.runs import compared
+
+
+def seeded(results: list[xr.Dataset]) -> xr.Dataset:
+    """Results of several seeds as one."""
+    return xr.concat([r.assign_coords(seed=("run", [i] * r.sizes["run"])) for i, r in enumerate(results)], "run")
 
 
 def read_csv(page: Path, name: str) -> list[dict[str, str]]:
@@ -39,7 +46,7 @@ def test_all_files_are_written_and_figures_are_large_enough(full: tuple[Path, Pa
     folder = full[1].parent
     names = {"shift", "neurons_by_layer", "score_by_layer", "overlap", "patching", "methods", "trajectories", "scorers"}
     names |= {"stability", "patching_curve", "utility", "agreement", "content_leak", "pareto", "doses", "method_shifts"}
-    names |= {"sets_by_layer", "drift"}
+    names |= {"sets_by_layer", "drift", "each_run"}
     for width, place in ((style.WIDE, folder / "figures"), (style.NARROW, folder / "figures" / "narrow")):
         assert {p.stem for p in place.glob("*.png")} == names
         for path in place.glob("*.png"):
@@ -65,6 +72,7 @@ def test_all_files_are_written_and_figures_are_large_enough(full: tuple[Path, Pa
         "patching_curve",
         "utility",
         "method_shifts",
+        "each_run",
         "model_overlap",
         "drift",
     }
@@ -74,14 +82,14 @@ def test_all_files_are_written_and_figures_are_large_enough(full: tuple[Path, Pa
 def test_page_loads_nothing_and_every_image_has_a_description(full: tuple[Path, Path]) -> None:
     html = full[1].read_text(encoding="utf-8")
     loads = re.findall(r'(?:src|srcset)="([^"]*)"', html)
-    assert len(loads) == 36
+    assert len(loads) == 38
     assert all(address.startswith("data:image/png;base64,") for address in loads)
     links = [a for a in re.findall(r'href="([^"]*)"', html) if not a.startswith("#")]
     assert links == ["https://arxiv.org/abs/2508.02360", "https://arxiv.org/abs/2402.11725"]
     assert html.count("http") == len(links)
     assert not re.search(r"<script|<link|@import|url\(", html)
     assert all(len(alt) > 40 for alt in re.findall(r'<img [^>]*alt="([^"]*)"', html))
-    assert html.count("<img ") == html.count("<figcaption>") == 18
+    assert html.count("<img ") == html.count("<figcaption>") == 19
     assert "<h1>A title</h1>" in html
     assert "What this store lacks" not in html
 
@@ -177,12 +185,53 @@ def test_intervals_of_methods_cover_seeds_too() -> None:
     methods = {"plain": (1.0, 1.0, 30, 1.0, 0), "anchor_5": (1.0, 0.5, 30, 0.05, 0)}
     weaker = methods | {"anchor_5": (1.0, 0.9, 30, 0.05, 0)}
     runs = [training_result(TOPICS[:3], 30, m, noise=0.0) for m in (methods, weaker)]
-    together = xr.concat([run.assign_coords(seed=("run", [i] * run.sizes["run"])) for i, run in enumerate(runs)], "run")
-    rows, _ = tables.method_rows(together, 200, 0)
+    rows, _ = tables.method_rows(seeded(runs), 200, 0)
     found = {(r.method, r.comparison): r for r in rows}["anchor_5", "equal shift"]
     assert found.seeds == 2
     assert found.reduction.value == pytest.approx(0.3, abs=1e-6)
     assert (found.reduction.low, found.reduction.high) == pytest.approx((0.1, 0.5), abs=1e-6)
+    each = run_rows(compared(seeded(runs), 50, 0)[0])
+    assert {(r.seed, round(r.reduction.value, 6), round(r.reduction_60.value, 6)) for r in each} == {
+        (0, 0.5, 0.5),
+        (1, 0.1, 0.1),
+    }
+    assert len(each) == 6
+    assert re.search(r"is 10\u00a0% \([A-Z][a-z ]+, seed 1\) to 50\u00a0%\.$", run_sentence(each))
+
+
+def test_every_run_stands_beside_its_own_random_draws() -> None:
+    methods = {"plain": (1.0, 1.0, 30, 1.0, 0), "specific_10": (1.0, 0.5, 30, 0.03, 2)}
+    rows = run_rows(compared(training_result(TOPICS[:3], 6, methods), 50, 0)[0])
+    assert [len(r.random_draws) for r in rows] == [2, 2, 2]
+    assert all(r.random == pytest.approx(np.mean(r.random_draws)) for r in rows)
+    better = sum(r.reduction.value > r.random for r in rows)
+    assert f"above the mean of its random draws on {better} of 3." in run_sentence(rows)
+
+
+def test_shifts_and_fractions_of_several_seeds_are_against_the_base_of_each() -> None:
+    stance, patched = stance_result(TOPICS[:3], 20), patching_result(TOPICS[:3], 20)
+    moved = stance.assign(margin=stance["margin"] + 5.0)  # another base stands elsewhere, its tuned models move as far
+    cells, table = tables.shift_rows(seeded([stance, moved]), 50, 0)
+    alone, expected = tables.shift_rows(stance, 50, 0)
+    assert [c.shift.value for c in cells] == pytest.approx([c.shift.value for c in alone])
+    assert [r.coupling.value for r in table] == pytest.approx([r.coupling.value for r in expected])
+    assert {c.runs for c in cells} == {2}
+    weaker = patched.assign(margin=patched["margin"] * 0.5)
+    both, one = tables.patch_rows(seeded([patched, weaker]), 50, 0), tables.patch_rows(patched, 50, 0)
+    assert [r.off_topic.value for r in both] == pytest.approx([r.off_topic.value for r in one])
+
+
+def test_a_page_of_several_seeds_from_results_alone(tmp_path: Path) -> None:
+    path = tmp_path / "study.zarr"
+    stores.create_results(path)
+    for name, make in (("training", training_result), ("patching", patching_result), ("stance", stance_result)):
+        stores.write_result(path, name, seeded([make(TOPICS[:3], 6), make(TOPICS[:3], 6)]))
+    page = report(path, tmp_path / "report", boots=50)
+    text = page.read_text(encoding="utf-8")
+    assert "averaged over tuned topics and two seeds" in text
+    assert "Where 2 seeds are in one figure, they are resampled too" in text
+    assert not (page.parent / "model_card.md").exists()
+    assert {row["seed"] for row in read_csv(page, "each_run")} == {"0", "1"}
 
 
 def test_plain_is_averaged_over_the_topics_that_other_methods_were_tried_on() -> None:
@@ -215,7 +264,7 @@ RESULTS = {  # what makes each, the section that shows it, the command that adds
     "patching": (patching_result, "patching", "pnlac-fast patch", ["patching"]),
     "training": (
         training_result, "methods", "pnlac-fast report --run",
-        ["methods", "trajectories", "pareto", "doses", "method_shifts"],
+        ["methods", "each_run", "trajectories", "pareto", "doses", "method_shifts"],
     ),
     "utility": (utility_result, "utility", "pnlac-fast utility --store", ["utility"]),
 }  # fmt: skip
