@@ -23,7 +23,7 @@ from pnlac_fast.base_activations import BaseActivations, base_activations, colum
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
-from pnlac_fast.penalties import Penalty
+from pnlac_fast.penalties import Penalty, require_whole
 
 
 class Anchor(Penalty):
@@ -60,12 +60,13 @@ class Anchor(Penalty):
         super().__init__(weight)
         if base is not None and (base.neurons.member != neurons.member).any():
             raise UserError(f"The base activations are of '{base.neurons.name}': make them for '{neurons.name}'.")
-        self.neurons, self.base = neurons, base
+        self.neurons, self.base, self.last_projection = neurons, base, neurons.last_projection
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Read what base has to say, where that is not known yet, and put the penalty in its place."""
+        require_whole(model, args, self.name)
         if self.base is None:
             if state.global_step and not isinstance(model, PeftModel):
                 raise UserError(
@@ -84,6 +85,7 @@ class Anchor(Penalty):
         inverse = (1 / base.std).to(model.device)
         now: dict[str, Any] = {"on": False}  # the rows of the pass that trains
 
+        @torch.compiler.disable
         def enter(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             now["on"] = decoder.training
             if not decoder.training:
@@ -98,9 +100,11 @@ class Anchor(Penalty):
             weight = counted / (counted.sum() * base.values.shape[1]).clamp(min=1)
             now.update(base=base.values[rows.clamp(min=0)].to(ids.device), weight=weight, seen=set(), value=0.0)
 
+        @torch.compiler.disable
         def leave(*_: Any) -> None:
             now["on"] = "base" in now  # blocks that are checkpointed run once more in the backward pass
 
+        @torch.compiler.disable
         def visit(layer: int, activation: Tensor) -> Tensor | None:
             if not now["on"]:
                 return None

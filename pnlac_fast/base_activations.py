@@ -97,7 +97,7 @@ def base_activations(
     UserError
         The neurons are of another model, or there are no rows.
     """
-    decoder = model if isinstance(model, Model) else decoder_of(model)
+    decoder = model if isinstance(model, Model) else decoder_of(model, neurons.last_projection)
     neurons.check(decoder)
     unique = {_key(torch.tensor(ids[:-1], dtype=torch.int64)): list(ids[:-1]) for ids in rows if len(ids) > 1}
     if not unique:

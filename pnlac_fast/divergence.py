@@ -78,10 +78,10 @@ def references(
 class KLToBase(Penalty):
     """A penalty on KL(base || model) over texts of other topics, as a callback of ``transformers.Trainer`` or TRL.
 
-    Each part of a batch gets a few of the texts, run through the model in a pass of their own, without dropout or
-    checkpointing; the term is the mean over their counted tokens. With LoRA base's logits come from one more pass with
-    the adapter off. A full fine-tune has no base at hand, so its logits are computed before training and kept on the
-    CPU: counted tokens x vocabulary x bytes of the model's dtype.
+    Each part of a batch gets a few of the texts, in each process others, run through the model in a pass of their own,
+    without dropout or checkpointing; the term is the mean over their counted tokens. With LoRA base's logits come from
+    one more pass with the adapter off. A full fine-tune has no base at hand, so its logits are computed before training
+    and kept on the CPU: counted tokens x vocabulary x bytes of the model's dtype.
 
     Parameters
     ----------
@@ -108,7 +108,7 @@ class KLToBase(Penalty):
         if not texts or batch_size < 1:
             raise UserError(f"{len(texts)} texts in parts of {batch_size} hold nothing: give at least one of each.")
         self.texts, self.batch_size, self.seed = list(texts), min(batch_size, len(texts)), seed
-        self._turn = 0
+        self._turn, self._apart = 0, 1
         self._base: list[Tensor] | None = None
         self._model: nn.Module | None = None
 
@@ -143,12 +143,14 @@ class KLToBase(Penalty):
                 "KLToBase has not seen this model before it was trained: give it to the Trainer as callbacks=[...], "
                 "with the model itself instead of a model_init."
             )
-        self._turn = state.global_step * args.gradient_accumulation_steps
+        self._turn = state.global_step * args.gradient_accumulation_steps * args.world_size + args.process_index
+        self._apart = args.world_size  # each process takes other texts
         super().on_train_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
 
     def install(self, model: Model, module: nn.Module, place: ExitStack) -> None:
         """Attach the term to the last hidden state, from which every loss is computed."""
 
+        @torch.compiler.disable
         def leave(backbone: nn.Module, args: Any, output: Any) -> Any:
             if not (backbone.training and torch.is_grad_enabled()):
                 return None
@@ -179,7 +181,7 @@ class KLToBase(Penalty):
     def _next(self) -> list[int]:
         """Indices of the next texts, the same ones at the same step of a resumed run."""
         first = self._turn * self.batch_size
-        self._turn += 1
+        self._turn += self._apart
         found = []
         for place in range(first, first + self.batch_size):
             epoch, at = divmod(place, len(self.texts))

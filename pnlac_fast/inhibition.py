@@ -144,7 +144,7 @@ class InhibitFT(TrainerCallback):
         self._remove()
         self.steps, self._first = 0, state.global_step
         if self.slices is not None:
-            self._begin_slices(self.slices, optimizer)
+            self._begin_slices(self.slices, args, optimizer)
             return
         assert self.masks is not None
         self._check(model, optimizer)
@@ -183,7 +183,12 @@ class InhibitFT(TrainerCallback):
                 hook = mask.parameter.register_post_accumulate_grad_hook(lambda _, i=i, mask=mask: self._still(i, mask))
                 self._hooks.append(hook)
 
-    def _begin_slices(self, slices: Slices, optimizer: Any) -> None:
+    def _begin_slices(self, slices: Slices, args: Any, optimizer: Any) -> None:
+        if not slices.installed and args.world_size > 1:
+            raise UserError(
+                "Several processes do not train merged slices again, because their copies were made without them: make "
+                "a new Trainer with a new InhibitFT."
+            )
         slices.install()  # training may have ended before, and begin again with the same optimizer
         trained = _trained(optimizer)
         own = {id(p) for p in slices.parameters()}

@@ -103,9 +103,9 @@ class Interventions:
                 return InhibitFT(self.sets[mode], mode, self.factor)
         return None
 
-    def edits(self) -> list[ResidualEdit]:
+    def edits(self, last_projection: str | None = None) -> list[ResidualEdit]:
         """The callback by which a rival edits the residual stream, where it does."""
-        edit = None if self.rival is None else self.rival.callback()
+        edit = None if self.rival is None else self.rival.callback(last_projection)
         return [] if edit is None else [edit]
 
     def penalties(

@@ -111,6 +111,7 @@ def load_model(
         "sha256": weights_sha256(source),
         "type": hf.config.model_type,
         "dtype": _dtype(hf),
+        **({"last_projection": last_projection} if last_projection else {}),
         **_finetune_record(source),
     }
     model = Model(weights, tokenizer, name or _short_name(source), origin)
@@ -153,6 +154,7 @@ def from_hf(hf: Any, tokenizer: Any, *, name: str = "", last_projection: str | N
         "sha256": weights_sha256(source),
         "type": hf.config.model_type,
         "dtype": _dtype(hf),
+        **({"last_projection": last_projection} if last_projection else {}),
         **_finetune_record(source),
     }
     model = Model(weights, tokenizer, name or _short_name(source), origin)

@@ -19,12 +19,11 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pnlac_fast.adapters import Weights
 from pnlac_fast.architecture import SITES, Projection, plain
 from pnlac_fast.errors import UserError, unknown
-from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.optimizers import StepMask
+from pnlac_fast.penalties import decoder_of
 
 MODES = ("freeze", "specific")
 
@@ -128,8 +127,7 @@ def find_masks(model: nn.Module, neurons: NeuronSet, mode: str = "freeze") -> Ma
             f"Neurons of site '{neurons.site}' have no weights of their own to inhibit: locate neurons of "
             f"{' or '.join(SITES[:2])}."
         )
-    hf = model.get_base_model() if isinstance(model, PeftModel) else model
-    decoder = Model(Weights(hf), None, getattr(hf, "name_or_path", "") or "given", {})
+    decoder = decoder_of(model, neurons.last_projection)
     neurons.check(decoder)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

@@ -64,6 +64,11 @@ class NeuronSet:
         """Number of neurons in each layer."""
         return [int(n) for n in self.member.sum(1)]
 
+    @property
+    def last_projection(self) -> str | None:
+        """Path of the MLP's last projection, where the base model had to be loaded with one."""
+        return self.base.get("last_projection")
+
     def layer(self, index: int) -> list[int]:
         """The neurons of one layer, ascending."""
         return [int(n) for n in self.member[index].nonzero()[0]]

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from pnlac_fast.adapters import Weights
@@ -26,7 +28,7 @@ class Penalty(TrainerCallback, ABC):
     """What all penalties share: their weight, their place in the model while it trains, and what they amounted to.
 
     The gradient of ``weight`` times the term's mean over the batch is added. Parts of an accumulated batch count
-    equally, hence a last, shorter group of an epoch for less.
+    equally, hence a last, shorter group of an epoch for less; so do the processes of ``accelerate launch``.
 
     Attributes
     ----------
@@ -39,6 +41,7 @@ class Penalty(TrainerCallback, ABC):
     """
 
     name = "penalty"
+    last_projection: str | None = None  # of the models it goes into, as decoder_of takes it
 
     def __init__(self, weight: float) -> None:
         if not (weight > 0 and math.isfinite(weight)):
@@ -64,21 +67,25 @@ class Penalty(TrainerCallback, ABC):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
     ) -> None:
         """Put the term in its place."""
+        require_whole(model, args, self.name)
         self._place.close()
         self.steps, self._backward, self._values = 0, 0, []
         self._first = state.global_step
         self._share = 1 / args.gradient_accumulation_steps
         self._scaler = getattr(optimizer, "scaler", None)  # accelerate's, of a Trainer with fp16
-        self.install(decoder_of(model), model, self._place)
+        self.install(decoder_of(model, self.last_projection), model, self._place)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step."""
         self.steps += 1
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the term's mean since the last entry into the Trainer's log."""
+        """Write the term's mean since the last entry, over all processes, into the Trainer's log."""
         if self._values and "loss" in state.log_history[-1]:
-            state.log_history[-1][self.name] = float(torch.stack(self._values).mean())
+            mean = torch.stack(self._values).mean()
+            if args.world_size > 1:
+                torch.distributed.all_reduce(mean)
+            state.log_history[-1][self.name] = float(mean) / args.world_size
             self._values = []
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -100,12 +107,34 @@ class Penalty(TrainerCallback, ABC):
         self._backward += 1
 
 
-def decoder_of(module: Any) -> Model:
-    """A module as a Trainer's callbacks get it, with LoRA or without, as a decoder of this package."""
+def decoder_of(module: Any, last_projection: str | None = None) -> Model:
+    """A module as a Trainer's callbacks get it, with LoRA or without, as a decoder of this package.
+
+    Parameters
+    ----------
+    last_projection
+        As for :func:`pnlac_fast.load_model`; neurons know it (:attr:`pnlac_fast.neurons.NeuronSet.last_projection`).
+    """
     from peft import PeftModel
 
     hf = module.get_base_model() if isinstance(module, PeftModel) else module
-    return Model(Weights(hf), None, getattr(hf, "name_or_path", "") or "given", {})
+    weights = Weights(hf, last_projection=last_projection)
+    return Model(weights, None, getattr(hf, "name_or_path", "") or "given", {})
+
+
+def require_whole(module: nn.Module, args: Any, name: str) -> None:
+    """Refuse a model that is not whole in this process, or that one process runs on several devices at once."""
+    if args.n_gpu > 1:
+        raise UserError(
+            f"The Trainer would run one batch on {args.n_gpu} GPUs in one process, where {name} cannot follow: start "
+            f"it with accelerate launch, or set CUDA_VISIBLE_DEVICES to one of them."
+        )
+    shared = any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in module.parameters())
+    if shared or any(isinstance(m, FullyShardedDataParallel) for m in module.modules()):
+        raise UserError(
+            f"The weights are sharded over processes (FSDP or DeepSpeed), and {name} needs them whole: train with LoRA "
+            f"or neuron slices under plain accelerate launch, which keeps one copy in each process."
+        )
 
 
 @contextmanager

@@ -113,14 +113,16 @@ class Rival:
         """The learning rate to train with."""
         return rate * self.strength if self.name == "rate" and self.strength else rate
 
-    def callback(self) -> ResidualEdit | None:
+    def callback(self, last_projection: str | None = None) -> ResidualEdit | None:
         """What edits the residual stream while the model trains, where this rival does that."""
         if self.directions is None:
             return None
         assert self.strength is not None
         if self.name == "steer":
-            return Steering({layer: self.strength * self.directions[layer, 0] for layer in self.layers})
-        return Ablation({layer: self.directions[layer, : int(self.strength)] for layer in self.layers})
+            added = {layer: self.strength * self.directions[layer, 0] for layer in self.layers}
+            return Steering(added, last_projection)
+        ablated = {layer: self.directions[layer, : int(self.strength)] for layer in self.layers}
+        return Ablation(ablated, last_projection)
 
 
 class ResidualEdit(TrainerCallback, ABC):
@@ -132,12 +134,14 @@ class ResidualEdit(TrainerCallback, ABC):
     ----------
     vectors
         By layer, float arrays [..., hidden].
+    last_projection
+        As for :func:`pnlac_fast.load_model`.
     """
 
-    def __init__(self, vectors: Mapping[int, np.ndarray]) -> None:
+    def __init__(self, vectors: Mapping[int, np.ndarray], last_projection: str | None = None) -> None:
         if not vectors or not all(np.any(vector) for vector in vectors.values()):
             raise UserError("Vectors that are zero, or none, have no effect: give others.")
-        self.vectors = dict(vectors)
+        self.vectors, self.last_projection = dict(vectors), last_projection
         self._place = ExitStack()
         self._fired = 0
 
@@ -149,7 +153,7 @@ class ResidualEdit(TrainerCallback, ABC):
         """Put the hooks in place."""
         self._place.close()
         self._fired, self._first = 0, state.global_step
-        decoder = decoder_of(model)
+        decoder = decoder_of(model, self.last_projection)
         blocks, width = decoder.blocks, decoder.width("resid")
         vectors: dict[int, Tensor] = {}
         for layer, vector in self.vectors.items():

@@ -157,8 +157,9 @@ class Run:
             origin |= {"revision": None, "dtype": str(self.hf.dtype).removeprefix("torch.")}
         origin |= record
         if not lora:
-            return Model(Weights(self.hf), self.base.tokenizer, name, origin)
-        weights = Weights(self.hf, self.module, ["default"], "default")
+            return Model(self.view.weights, self.base.tokenizer, name, origin)
+        last = self.base.weights.last_projection
+        weights = Weights(self.hf, self.module, ["default"], "default", last_projection=last)
         weights.switch(None)
         return Model(weights, self.base.tokenizer, name, origin, adapter="default")
 

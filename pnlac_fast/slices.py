@@ -145,7 +145,9 @@ def slice_neurons(model: Model | nn.Module, neurons: NeuronSet) -> Slices:
     >>> optimizer = torch.optim.AdamW(slices.parameters(), fused=True)  # doctest: +SKIP
     >>> slices.merge()  # doctest: +SKIP
     """
-    decoder = model if isinstance(model, Model) else Model(Weights(model), None, "given", {})
+    decoder = model
+    if not isinstance(decoder, Model):
+        decoder = Model(Weights(model, last_projection=neurons.last_projection), None, "given", {})
     if neurons.site not in SITES[:2]:
         raise UserError(
             f"Neurons of site '{neurons.site}' have no weights of their own to train: locate neurons of "

@@ -25,6 +25,7 @@ from pnlac_fast.rivals import ResidualEdit, Rival, make_rival
 from pnlac_fast.run import Run, contained
 from pnlac_fast.slices import Slices
 from pnlac_fast.trajectory import TRAJECTORY_FILE, Trajectory
+from pnlac_fast.workers import of_group
 from pnlac_fast.workplace import workplace
 
 METHODS = ("lora", "full")
@@ -189,6 +190,11 @@ def finetune(
     base = model if isinstance(model, Model) else load_model(model)
     if base.part.ranks > 1:
         raise UserError(f"The weights of '{base.name}' lie in several processes: load it without tp to tune it.")
+    if (group := of_group()) and group.count > 1:
+        raise UserError(
+            f"finetune is one process, and a launcher has started {group.count}: start it alone, or give InhibitFT, "
+            f"Anchor and KLToBase to a Trainer of your own."
+        )
     if base.weights.peft is not None:
         raise UserError(f"Adapters are attached to the weights of '{base.name}': load the base afresh to tune it.")
     topics = (topic,) if isinstance(topic, str) else tuple(topic)
@@ -258,7 +264,7 @@ def finetune(
             run.checkpoint_activations()
         ids = [ids for ids, _ in rows]
         penalties = plan.penalties(run.module, run.view, ids, template, batch_size // accumulation, seed)
-        hooked: list[Penalty | ResidualEdit] = [*penalties, *plan.edits()]
+        hooked: list[Penalty | ResidualEdit] = [*penalties, *plan.edits(base.weights.last_projection)]
         callbacks: list[TrainerCallback] = [*hooked]
         slices: Slices | None = None
         if weights := plan.weights():

@@ -15,7 +15,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from pnlac_fast import run
 from pnlac_fast.completions import collate, encode_rows
@@ -24,6 +32,7 @@ from pnlac_fast.errors import Interrupted, UserError
 from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
+from pnlac_fast.rivals import Rival
 from pnlac_fast.stance import margins
 from pnlac_fast.training import FineTune, finetune
 from pnlac_fast.trajectory import load_trajectory
@@ -255,6 +264,38 @@ def test_the_record_says_what_was_minimised_beside_the_loss(base: Model) -> None
     for term in ("anchor", "kl"):
         assert [step for step, _ in record[term]] == [step for step, _ in record["loss"]]
         assert record[term][-1][1] > 0
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_last_projection_that_was_named_is_known_to_every_mode(
+    method: str, directories: dict[str, Path], tmp_path: Path
+) -> None:
+    """Of a mixture with a shared expert; neurons carry what their base was loaded with."""
+    shape = {"hidden_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": 2, "num_key_value_heads": 1}
+    shape |= {"vocab_size": len(SPECIAL) + len(WORDS), "num_experts": 2, "moe_intermediate_size": 8}
+    torch.manual_seed(0)
+    mixture = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("qwen2_moe", **shape, shared_expert_intermediate_size=WIDTH, num_experts_per_tok=1)
+    )
+    mixture.save_pretrained(tmp_path / "mixture")
+    load_model(directories["llama"]).tokenizer.save_pretrained(tmp_path / "mixture")
+    with pytest.raises(UserError, match="--last-projection"):
+        load_model(tmp_path / "mixture")
+    mixed = load_model(tmp_path / "mixture", last_projection="mlp.shared_expert.down_proj")
+    neurons = replace(chosen(), base=mixed.origin)
+    before = weights(mixed)
+    options: dict[str, Any] = {"method": method, "steps": 2, "kl_max_new_tokens": 4}
+    for mode in ("freeze,anchor,kl", "specific"):
+        tuned = tune(mixed, inhibit=neurons, inhibit_mode=mode, **options)
+        assert tuned.model.width("mlp_mid") == WIDTH
+        if method == "full":
+            name = "model.layers.0.mlp.shared_expert.gate_proj.weight"
+            moved = (weights(tuned.model)[name] != before[name]).any(1)
+            own = torch.from_numpy(neurons.member[0])
+            assert (moved == (own if mode == "specific" else ~own)).all()
+    vectors = np.ones((LAYERS, 1, 16), np.float32)
+    steered = tune(mixed, rival=Rival("steer", directions=vectors), **options)
+    assert not same(weights(steered.model), before) or method == "lora"
 
 
 @pytest.mark.parametrize("mode", ["anchor", "kl"])
@@ -505,6 +546,13 @@ def test_bad_input_is_a_sentence(changes: dict[str, Any], message: str, base: Mo
 def test_a_model_with_adapters_is_refused(base: Model) -> None:
     with pytest.raises(UserError, match="load the base afresh"):
         tune(with_adapter(base))
+
+
+def test_several_processes_are_refused(base: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="Trainer of your own"):
+        tune(base)
 
 
 def test_neurons_of_another_base_are_refused(base: Model) -> None:
