@@ -69,7 +69,7 @@ def cache(
         The base model and the tuned ones by name: hub ids, directories, or models already loaded. Adapters are
         contrasted unmerged, on the base's own weights.
     data
-        Questions, or a path that :func:`pnlac_fast.load_questions` reads.
+        Questions, or anything that :func:`pnlac_fast.load_questions` reads.
     out
         The store to write. One that was interrupted is resumed; one made with other settings is refused.
     sites

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pnlac_fast import hub
 from pnlac_fast.errors import UserError, unknown
 
 SIDES = ("right", "left")
 COLUMNS = ("topic", "instruction", "right", "left")
 STATEMENTS = "statements"
+SUFFIXES = (".jsonl", ".csv", ".parquet", ".json")
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,22 @@ class Question:
 
 
 def load_questions(
-    path: str | Path,
+    data: str | Path | Iterable[Any],
     *,
     topics: Sequence[str] | None = None,
     limit: int | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> tuple[Question, ...]:
-    """Read questions from a folder in IdeoINST's layout, or from a JSONL, CSV, Parquet or JSON file.
+    """Read questions from a folder in IdeoINST's layout, a JSONL, CSV, Parquet or JSON file, or a data set.
 
     Parameters
     ----------
-    path
+    data
         A folder ``{topic}/{right|left}/*.json`` (arrays of ``instruction``, ``input``, ``output``, ``label``); or a
         file with a row per question and the columns ``topic``, ``instruction``, ``right``, ``left``; or a JSON array
-        of plain statements, which become the questions of the topic "statements".
+        of plain statements, which become the questions of the topic "statements". Or a data set of Hugging Face's
+        ``datasets`` with these columns: a folder that its ``save_to_disk`` wrote, ``hf://datasets/USER/NAME/SPLIT``
+        for one of the hub (``.../FILE.jsonl`` for a file of it), a ``Dataset``, or any rows that are mappings.
     topics
         Keep these topics only, in this order. Default: all, sorted by name for a folder, else in order of appearance.
     limit
@@ -67,14 +71,12 @@ def load_questions(
     Raises
     ------
     UserError
-        The path, a topic or a column does not exist, a file cannot be read as what its name says, or nothing is left.
+        The path, a topic or a column does not exist, a file cannot be read as what its name says, or nothing is left;
+        the package ``datasets`` is needed and missing.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"There is no data at '{path}': check --data.")
     if unmapped := set(columns or {}) - set(COLUMNS):
         raise unknown("column role", sorted(unmapped)[0], COLUMNS)
-    rows = _folder_rows(path) if path.is_dir() else _file_rows(path, dict(columns or {}))
+    rows, where = _rows(data, columns or {})
     merged: dict[tuple[str, str], tuple[list[str], list[str]]] = {}
     for topic, instruction, right, left in rows:
         pair = merged.setdefault((topic, instruction), ([], []))
@@ -90,13 +92,16 @@ def load_questions(
         raise UserError(f"--limit {limit} leaves no question: give 1 or more.")
     questions = tuple(q for topic in (topics or by_topic) for q in by_topic[topic][:limit])
     if not questions:
-        raise UserError(f"'{path}' holds no questions: expected rows with {', '.join(COLUMNS)}.")
+        raise UserError(f"{where} holds no questions: expected rows with {', '.join(COLUMNS)}.")
     return questions
 
 
-def as_questions(data: str | Path | Iterable[Question]) -> tuple[Question, ...]:
-    """Questions as they are, or read from a path with default settings."""
-    return load_questions(data) if isinstance(data, (str, Path)) else tuple(data)
+def as_questions(data: str | Path | Iterable[Any]) -> tuple[Question, ...]:
+    """Questions as they are, or what :func:`load_questions` reads with default settings."""
+    if isinstance(data, (str, Path, Mapping)):
+        return load_questions(data)
+    found = tuple(data)
+    return found if all(isinstance(one, Question) for one in found) else load_questions(found)
 
 
 def save_questions(questions: Iterable[Question], directory: str | Path, split: str) -> None:
@@ -152,6 +157,41 @@ def paired(questions: Sequence[Question]) -> tuple[Question, ...]:
 Row = tuple[str, str, Sequence[str], Sequence[str]]
 
 
+def _rows(data: Any, columns: Mapping[str, str]) -> tuple[list[Row], str]:
+    """Rows of whatever holds questions, and how to call it."""
+    if isinstance(data, str) and data.startswith(hub.SCHEME):
+        address = hub.parse(data)
+        if address.path.endswith(SUFFIXES):
+            return _file_rows(hub.local(data, ""), columns), f"'{data}'"
+        data = hub.data_set(data)
+    if not isinstance(data, (str, Path)):
+        return _given_rows(data, columns), "The data set"
+    path = Path(data)
+    if not path.exists():
+        raise UserError(
+            f"There is no data at '{data}': check --data; a data set of the hub is hf://datasets/USER/NAME."
+        )
+    if not path.is_dir():
+        return _file_rows(path, columns), f"'{path}'"
+    if any((path / name).is_file() for name in hub.SAVED):
+        return _given_rows(hub.saved_data_set(path), columns), f"'{path}'"
+    return _folder_rows(path), f"'{path}'"
+
+
+def _given_rows(data: Any, columns: Mapping[str, str]) -> list[Row]:
+    """Rows of a data set in memory: questions or mappings, or the only split of several."""
+    if isinstance(data, Mapping):
+        if len(data) != 1:
+            raise UserError(f"The data set has the splits {', '.join(data)}: give one of them, as SET/SPLIT.")
+        (data,) = data.values()
+    return [
+        (one.topic, one.instruction, one.right, one.left)
+        if isinstance(one, Question)
+        else _row(one, columns, "the data set")
+        for one in data
+    ]
+
+
 def _folder_rows(folder: Path) -> list[Row]:
     """Rows of an IdeoINST folder; one side may be missing."""
     rows: list[Row] = []
@@ -159,7 +199,7 @@ def _folder_rows(folder: Path) -> list[Row]:
         for side in SIDES:
             for file in sorted((topic / side).glob("*.json")):
                 for record in _json_array(file):
-                    instruction, output = (_text(record, name, file) for name in ("instruction", "output"))
+                    instruction, output = (_text(record, name, f"'{file}'") for name in ("instruction", "output"))
                     if extra := str(record.get("input") or "").strip():
                         instruction = f"{instruction}\n{extra}"
                     rows.append(
@@ -191,25 +231,25 @@ def _file_rows(file: Path, columns: Mapping[str, str]) -> list[Row]:
             return [(STATEMENTS, text, (), ()) for text in records]
     else:
         raise UserError(f"Data file '{file}' ends in '{suffix}': give a folder, .jsonl, .csv, .parquet or .json.")
-    return [_row(record, columns, file) for record in records]
+    return [_row(record, columns, f"'{file}'") for record in records]
 
 
-def _row(record: Any, columns: Mapping[str, str], file: Path) -> Row:
-    if not isinstance(record, dict):
-        raise UserError(f"'{file}' holds {type(record).__name__} rows: each row must name its columns.")
-    topic, instruction = (_text(record, columns.get(name, name), file) for name in ("topic", "instruction"))
+def _row(record: Any, columns: Mapping[str, str], where: str) -> Row:
+    if not isinstance(record, Mapping):
+        raise UserError(f"{where} holds {type(record).__name__} rows: each row must name its columns.")
+    topic, instruction = (_text(record, columns.get(name, name), where) for name in ("topic", "instruction"))
     right, left = (_texts(record.get(columns.get(side, side))) for side in SIDES)
     for side in SIDES:
         if side in columns and columns[side] not in record:
-            raise unknown(f"column in '{file.name}'", columns[side], record)
+            raise unknown(f"column in {where}", columns[side], record)
     return topic, instruction, right, left
 
 
-def _text(record: Mapping[str, Any], name: str, file: Path) -> str:
+def _text(record: Mapping[str, Any], name: str, where: str) -> str:
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
         found = ", ".join(map(str, record))
-        raise UserError(f"A row of '{file}' has no text in '{name}' (its columns: {found}): map columns with --column.")
+        raise UserError(f"A row of {where} has no text in '{name}' (its columns: {found}): map columns with --column.")
     return value
 
 

@@ -97,7 +97,7 @@ def generate(
     model, tuned
         The base model, and tuned ones by name, as for :func:`pnlac_fast.cache`.
     data
-        Questions, or a path that :func:`pnlac_fast.load_questions` reads. Their completions are not read.
+        Questions, or anything that :func:`pnlac_fast.load_questions` reads. Their completions are not read.
     patches
         Files that ``pnlac-fast patch --save`` wrote, by the names under which the patched models answer. Each is
         applied to the one of the models that it was made for.

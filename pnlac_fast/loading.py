@@ -14,6 +14,7 @@ import torch
 from pnlac_fast.adapters import Weights, attach, quiet, sharing
 from pnlac_fast.checkup import dry_run
 from pnlac_fast.errors import UserError, first_line, unknown
+from pnlac_fast.hub import local
 from pnlac_fast.models import Model
 from pnlac_fast.tensor_parallel import WHOLE, check, joined, sharding
 
@@ -224,6 +225,7 @@ def load_tuned(base: Model, source: str | Path, *, name: str | None = None) -> M
 def slice_files(source: str) -> list[str]:
     """The files of neuron slices that ``source`` names, none where it is something else."""
     files = [source] if Path(source).exists() else source.removeprefix("sum:").split("+")
+    files = [str(local(file, SLICES_FILE)) if file.endswith(".safetensors") else file for file in files]
     return files if all(file.endswith(".safetensors") and not Path(file).is_dir() for file in files) else []
 
 

@@ -12,7 +12,9 @@ import numpy as np
 import xarray as xr
 
 from pnlac_fast.errors import UserError, unknown
+from pnlac_fast.hub import local
 
+NEURONS_FILE = "neurons.json"  # as locate's examples call it, and the hub does
 FORMAT = {"format": "pnlac-neurons", "version": 1}
 SIDES = "sides"  # in place of a tuned model: found by contrasting right and left texts, hence for any tuned model
 
@@ -221,11 +223,17 @@ def save_sets(sets: Sequence[NeuronSet], path: str | Path) -> None:
 def load_sets(path: str | Path) -> dict[str, NeuronSet]:
     """Read the neuron sets of a JSON file, by name.
 
+    Parameters
+    ----------
+    path
+        The file, or ``hf://USER/NAME`` for that of a repository on the hub, see :func:`pnlac_fast.publish`.
+
     Raises
     ------
     UserError
         The file does not exist, is not of this format, or names neurons that cannot exist.
     """
+    path = local(path, NEURONS_FILE)
     if not Path(path).is_file():
         raise UserError(f"There is no neuron file '{path}': make one with pnlac-fast locate STORE -o {path}.")
     try:

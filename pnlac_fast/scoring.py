@@ -89,7 +89,7 @@ def score(
     model, tuned
         The base model, and tuned ones by name, as for :func:`pnlac_fast.cache`.
     data
-        Questions, or a path that :func:`pnlac_fast.load_questions` reads; "logprob" needs pairs of completions.
+        Questions, or anything that :func:`pnlac_fast.load_questions` reads; "logprob" needs pairs of completions.
     scorer
         "logprob": paired log-probability of the questions' completions (see :func:`pnlac_fast.stance.margins`). Or a
         judge, by name (see :mod:`pnlac_fast.judges`) or opened: the models answer, and it labels the answers right,

@@ -13,10 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pnlac_fast.adapters import Weights
 from pnlac_fast.errors import UserError, unknown
+from pnlac_fast.hub import local
+from pnlac_fast.loading import SLICES_FILE
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet, from_record, to_record
+from pnlac_fast.penalties import decoder_of
 from pnlac_fast.slices import Slices, fingerprint
 
 FORMAT, VERSION = "pnlac-neuron-slices", 1
@@ -62,14 +64,15 @@ def save_slices(slices: Slices, path: str | Path, base: Mapping[str, Any] | None
 
 
 def load_slices(path: str | Path) -> SliceFile:
-    """Read a file of slices.
+    """Read a file of slices, or that of a repository on the hub, ``hf://USER/NAME``.
 
     Raises
     ------
     UserError
         The file does not exist, is not of this format, or is damaged.
     """
-    if not Path(path).is_file():
+    path = local(path, SLICES_FILE)
+    if not path.is_file():
         raise UserError(f"There is no file of neuron slices '{path}': fine-tune with method full and mode specific.")
     try:
         with safe_open(path, framework="pt") as file:
@@ -141,8 +144,8 @@ def stack_slices(
         raise unknown("kind of overlap", overlap, OVERLAP)
     if not paths:
         raise UserError("There are no files of neuron slices to merge: give at least one.")
-    decoder = model if isinstance(model, Model) else Model(Weights(model), None, "given", {})
     files = [load_slices(path) for path in paths]
+    decoder = model if isinstance(model, Model) else decoder_of(model, files[0].neurons.last_projection)
     placed = [_places(decoder, found, path) for found, path in zip(files, paths, strict=True)]
     for i, (one, first) in enumerate(zip(files, paths, strict=True)):
         for other, second in zip(files[i + 1 :], paths[i + 1 :], strict=True):

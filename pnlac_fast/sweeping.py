@@ -23,9 +23,11 @@ from tqdm import tqdm
 from pnlac_fast.comparison import as_run, compare, join
 from pnlac_fast.datasets import Question, as_questions, fingerprint
 from pnlac_fast.errors import UserError, unknown
+from pnlac_fast.hub import local
 from pnlac_fast.interventions import choose_sets
 from pnlac_fast.loading import FINETUNE_FILE, load_model
 from pnlac_fast.models import Model
+from pnlac_fast.neurons import NEURONS_FILE
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
 from pnlac_fast.reporting.rows import to_csv
 from pnlac_fast.training import finetune
@@ -282,9 +284,9 @@ def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _files(options: Mapping[str, Any]) -> dict[str, str]:
     """sha256 of the neuron file, which may have been located anew."""
-    path = options.get("inhibit")
-    if path is None:
+    if options.get("inhibit") is None:
         return {}
-    if not Path(path).is_file():
+    path = local(options["inhibit"], NEURONS_FILE)
+    if not path.is_file():
         raise UserError(f"There is no neuron file '{path}': make one with pnlac-fast locate STORE -o {path}.")
-    return {"neurons": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    return {"neurons": hashlib.sha256(path.read_bytes()).hexdigest()}

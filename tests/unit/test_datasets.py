@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from pnlac_fast.datasets import Question, by_topic, fingerprint, load_questions, paired, save_questions
+from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint, load_questions, paired, save_questions
 from pnlac_fast.errors import UserError
 
 ROWS = (
@@ -125,3 +126,72 @@ def test_missing_and_empty_folders_are_refused(tmp_path: Path) -> None:
         load_questions(tmp_path / "nowhere")
     with pytest.raises(UserError, match="has no"):
         load_questions(tmp_path)
+
+
+def rows() -> list[dict[str, str]]:
+    return [{"topic": q.topic, "instruction": q.instruction, "right": q.right[0], "left": q.left[0]} for q in ROWS]
+
+
+def test_rows_in_memory_are_questions_wherever_questions_are_wanted() -> None:
+    assert load_questions(rows()) == as_questions(rows()) == ROWS
+    assert as_questions(iter(ROWS)) == ROWS
+    assert load_questions(ROWS, topics=["science"]) == ROWS[2:]
+    renamed = [{"theme": row.pop("topic"), **row} for row in rows()]
+    assert load_questions(renamed, columns={"topic": "theme"}) == ROWS
+    with pytest.raises(UserError, match=r"A row of the data set has no text in 'topic'"):
+        as_questions(renamed)
+    with pytest.raises(UserError, match="holds no questions"):
+        load_questions([])
+    with pytest.raises(UserError, match="the data set holds int rows"):
+        load_questions([1])
+
+
+def test_data_sets_of_hugging_face(tmp_path: Path) -> None:
+    """In memory, streamed, saved to a folder, and in splits."""
+    data = pytest.importorskip("datasets", reason="datasets is not installed")
+    one = data.Dataset.from_list(rows())
+    splits = data.DatasetDict({"train": one, "test": one.select([0])})
+    one.save_to_disk(tmp_path / "one")
+    splits.save_to_disk(tmp_path / "splits")
+    for given in (one, one.to_iterable_dataset(), data.DatasetDict({"train": one}), tmp_path / "one"):
+        assert as_questions(given) == ROWS
+    assert load_questions(str(tmp_path / "splits" / "test")) == ROWS[:1]
+    renamed = one.rename_columns({"instruction": "question"})
+    assert load_questions(renamed, columns={"instruction": "question"}, limit=1) == (ROWS[0], ROWS[2])
+    several = data.Dataset.from_list([{**row, "right": [row["right"], "more"]} for row in rows()])
+    assert load_questions(several)[0].right == (*ROWS[0].right, "more")
+    for held in (splits, tmp_path / "splits"):
+        with pytest.raises(UserError, match="splits train, test"):
+            as_questions(held)
+    (tmp_path / "one" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="save it again"):
+        load_questions(tmp_path / "one")
+
+
+def test_a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is a folder here; what load_dataset is asked for is what the address says."""
+    data = pytest.importorskip("datasets", reason="datasets is not installed")
+    write(tmp_path / "train.jsonl")
+    write(tmp_path / "test.jsonl", {"topic": "theme"})
+    asked, real = [], data.load_dataset
+
+    def load_dataset(path: str, **options: object) -> object:
+        asked.append((path, options))
+        assert path == "user/name"
+        file = "test" if options["split"] == "test" else "train"
+        files = {file: str(tmp_path / f"{file}.jsonl")}
+        return real("json", data_files=files, split=options["split"], cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(data, "load_dataset", load_dataset)
+    assert load_questions("hf://datasets/user/name@v2/train") == ROWS
+    assert load_questions("hf://datasets/user/name/test", columns={"topic": "theme"}) == ROWS
+    assert asked[0] == ("user/name", {"split": "train", "revision": "v2"})
+    with pytest.raises(UserError, match=r"Unknown split"):
+        load_questions("hf://datasets/user/name/dev")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *given, **_: str(tmp_path / given[1]))
+    assert load_questions("hf://datasets/user/name/train.jsonl") == ROWS
+    with pytest.raises(UserError, match="is no address on the hub"):
+        load_questions("hf://datasets/user")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'pnlac-fast\[datasets\]'"):
+        load_questions("hf://datasets/user/name/train")
