@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pnlac_fast import prompts
 from pnlac_fast import store as stores
+from pnlac_fast.cost import Meter
 from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint, paired
 from pnlac_fast.errors import UserError
 from pnlac_fast.loading import open_models, topic_of
@@ -78,6 +79,7 @@ def attribute(
         raise UserError("There is no tuned model to attribute a change to: give at least one --tuned.")
     if base.part.ranks > 1:
         raise UserError(f"The neurons of '{base.name}' lie in several processes: load it without tp.")
+    meter = Meter(base.device)
     groups = by_topic(questions)
     topics = list(groups)
     total = np.zeros((len(models), len(topics), len(base.blocks), base.width(site)))
@@ -113,6 +115,7 @@ def attribute(
             "site": site,
             "normalise": normalise,
             "provenance": provenance(base=base.origin, data=fingerprint(questions), template=template),
+            "cost": meter.record(),
         },
     )
     if store is not None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from pnlac_fast import ops, prompts
 from pnlac_fast.architecture import SITES
 from pnlac_fast.capture import Sums, accumulate
+from pnlac_fast.cost import Meter
 from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint
 from pnlac_fast.errors import Interrupted, UserError, unknown
 from pnlac_fast.loading import open_models
@@ -113,7 +114,8 @@ def cache(
     dict
         ``store``, ``questions``, ``tokens`` (of the texts), ``computed`` (how many of them each model computes, about,
         since shared ones are computed once), ``units``, ``models``, the estimates ``bytes`` and ``flops``, and, after a
-        run, ``complete``: whether the statistics are there, or wait for :func:`pnlac_fast.merge`.
+        run, ``complete``: whether the statistics are there, or wait for :func:`pnlac_fast.merge`; and ``cost``, see
+        :class:`pnlac_fast.cost.Meter`.
 
     Raises
     ------
@@ -204,6 +206,7 @@ def cache(
     if dry_run:
         return result
     _check_room(out, estimate)
+    meter = Meter(base.device)
     examples = {
         "topic": [q.topic for q in questions],
         "instruction": [q.instruction for q in questions],
@@ -261,7 +264,7 @@ def cache(
         if alone:
             with _undisturbed():
                 writer.finish()
-    return result | {"complete": alone}
+    return result | {"complete": alone, "cost": meter.record()}
 
 
 @contextmanager

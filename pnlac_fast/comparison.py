@@ -15,6 +15,8 @@ from pnlac_fast.loading import FINETUNE_FILE
 from pnlac_fast.reporting.rows import MethodRow
 from pnlac_fast.trajectory import TRAJECTORY_FILE, load_trajectory
 
+COST = ("seconds", "seconds_per_step", "process_bytes", "device_bytes")  # see pnlac_fast.cost
+
 
 def as_run(trajectory: xr.Dataset, record: Mapping[str, Any]) -> xr.Dataset:
     """A trajectory (point, question) as a result of one run, (run, point, question).
@@ -30,7 +32,8 @@ def as_run(trajectory: xr.Dataset, record: Mapping[str, Any]) -> xr.Dataset:
         ``margin`` and ``step``, with coordinates ``method`` (see :func:`method_name`; "kl_seen" where all topics that
         could be judged are in the KL), ``tuned_topic``, ``kl_topics``
         (joined by "+"), ``draw`` (seed of random neurons, else -1), ``count`` and ``share`` (of all neurons, those of
-        the first mode that has any), ``learning_rate`` and ``seed`` on run.
+        the first mode that has any), ``learning_rate`` and ``seed`` on run; and of its ``COST`` what was recorded,
+        NaN else.
     """
     inhibit = record["inhibit"]
     sets = [one for one in inhibit.values() if "count" in one] or [{"count": 0, "share": 0.0, "kind": "", "found": {}}]
@@ -47,8 +50,13 @@ def as_run(trajectory: xr.Dataset, record: Mapping[str, Any]) -> xr.Dataset:
         "share": [sets[0]["share"]],
         "learning_rate": [record["learning_rate"]],
         "seed": [record["seed"]],
+        **{name: [_number(record.get("cost", {}).get(name))] for name in COST},
     }
     return trajectory.expand_dims("run").assign_coords({name: ("run", value) for name, value in values.items()})
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
 
 
 def method_name(record: Mapping[str, Any]) -> str:

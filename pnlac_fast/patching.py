@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pnlac_fast import prompts
 from pnlac_fast import store as stores
+from pnlac_fast.cost import Meter
 from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint, paired
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.generation import answers
@@ -137,6 +138,7 @@ def patch(
     judge = train(as_questions(training_data)) if training_data is not None else None
     means = stores.open_contrast(store).load() if store is not None and from_means else None
     base, models = open_models(model, tuned)
+    meter = Meter(base.device)
     located = neurons if isinstance(neurons, Mapping) else load_sets(neurons)
     groups = by_topic(questions)
     reading: dict[str, Any] = {"template": template, "batch_tokens": batch_tokens}
@@ -188,6 +190,7 @@ def patch(
     if judge is not None:
         result["label"] = (("run", "question"), np.stack([np.asarray(judge.label(row)) for row in texts]))
         result.attrs["accuracy"] = judge.accuracy
+    result.attrs["cost"] = meter.record()
     if store is not None:
         stores.write_result(store, "patching_curve" if shares else "patching", result)
     return result

@@ -12,6 +12,7 @@ import xarray as xr
 from pnlac_fast import generation
 from pnlac_fast import store as stores
 from pnlac_fast.agreement import agreement
+from pnlac_fast.cost import Meter
 from pnlac_fast.datasets import SIDES, Question, as_questions, fingerprint
 from pnlac_fast.errors import UserError
 from pnlac_fast.judges import Judge, open_judge, result_name
@@ -127,6 +128,7 @@ def score(
     by_likelihood = "logprob" in scorers
     base, others = open_models(model, tuned)
     models = {"base": base, **others}
+    meter = Meter(base.device)
     known = {q.topic for q in questions}
     runs = {
         "model": list(models),
@@ -153,6 +155,9 @@ def score(
         words = topic_words(labelled or questions)
         for judge in judges:
             results[result_name(judge.name)] = judged(judge, answered, questions, runs, words, log_odds, **attrs)
+    cost = meter.record()
+    for result in results.values():  # of all of them together
+        result.attrs["cost"] = cost
     if store is not None:
         for name, result in results.items():
             stores.write_result(store, name, result)

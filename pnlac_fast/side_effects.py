@@ -13,6 +13,7 @@ import xarray as xr
 
 from pnlac_fast import coupling, prompts
 from pnlac_fast import store as stores
+from pnlac_fast.cost import Meter
 from pnlac_fast.errors import UserError
 from pnlac_fast.generation import given_answers
 from pnlac_fast.loading import open_models
@@ -102,6 +103,7 @@ def utility(
     passages = _passages(text) if text is not None else ()
     base, others = open_models(model, tuned)
     models = {"base": base, **others}
+    meter = Meter(base.device)
     variables: dict[str, Any] = {}
     if passages:
         found = [surprise(m, passages, batch_tokens) for m in models.values()]
@@ -115,6 +117,7 @@ def utility(
         variables["refusal"] = (("run", "question"), np.array([[refuses(a) for a in own] for own in given]))
     origin = provenance(base=base.origin, refusals=list(REFUSALS))
     result = xr.Dataset(variables, {"model": ("run", np.array(list(models), dtype=object))}, {"provenance": origin})
+    result.attrs["cost"] = meter.record()
     if store is not None:
         stores.write_result(store, "utility", result)
     return result

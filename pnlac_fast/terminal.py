@@ -91,6 +91,7 @@ def _cell(value: Any) -> str:
         return f"{estimate} [{low}, {high}]"
     if isinstance(value, Mapping):
         parts = [(name, item) for name, item in value.items() if item not in (None, {}, [])]
+        parts = [(k, readable_bytes(v) if str(k).endswith("_bytes") else v) for k, v in parts]
         text = ", ".join(f"{k} ({_cell(v)})" if isinstance(v, Mapping) else f"{k} {_cell(v)}" for k, v in parts)
     elif isinstance(value, list | tuple):
         kept = value if len(value) <= LISTED else value[: LISTED - 2]

@@ -12,6 +12,7 @@ import xarray as xr
 from transformers import TrainerCallback
 
 from pnlac_fast.completions import choose_questions, encode_rows
+from pnlac_fast.cost import Meter, StepClock
 from pnlac_fast.datasets import SIDES, Question, as_questions, fingerprint
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.interventions import Interventions, combine, other_topics
@@ -47,7 +48,8 @@ class FineTune:
         (point, question): ``margin`` float64 in nats and ``step`` int64 (point), coordinates ``topic`` and ``key`` on
         question; None without probe questions.
     record
-        Settings, origin and losses, as written to ``pnlac.json``.
+        Settings, origin and losses, as written to ``pnlac.json``; ``cost``, see :class:`pnlac_fast.cost.Meter`, is that
+        of the training with its probes since it was last resumed, and has ``seconds_per_step``, the median.
     """
 
     path: Path | None
@@ -265,7 +267,8 @@ def finetune(
         ids = [ids for ids, _ in rows]
         penalties = plan.penalties(run.module, run.view, ids, template, batch_size // accumulation, seed)
         hooked: list[Penalty | ResidualEdit] = [*penalties, *plan.edits(base.weights.last_projection)]
-        callbacks: list[TrainerCallback] = [*hooked]
+        clock, meter = StepClock(), Meter(base.device)
+        callbacks: list[TrainerCallback] = [clock, *hooked]
         slices: Slices | None = None
         if weights := plan.weights():
             callbacks.append(weights)
@@ -281,7 +284,8 @@ def finetune(
                 one.remove()
             if slices is not None:
                 slices.merge()
-        record = {**settings, **losses, "provenance": provenance()}
+        cost = {**meter.record(), "seconds_per_step": clock.median()}
+        record = {**settings, **losses, "cost": cost, "provenance": provenance()}
         trajectory = watch.dataset() if probes else None
         path = None if out is None else run.publish(Path(out), record, slices)
         return FineTune(path, run.result(path, record), trajectory, record)

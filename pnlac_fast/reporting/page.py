@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import pnlac_fast
 from pnlac_fast.reporting import intervention, observation, style, wording
 from pnlac_fast.reporting.contents import Contents, read_contents
+from pnlac_fast.reporting.costs import costs
 from pnlac_fast.reporting.drift import drift
 from pnlac_fast.reporting.judges import scorers
 from pnlac_fast.reporting.model_card import model_card
@@ -144,6 +145,7 @@ def build(contents: Contents, boots: int, seed: int) -> list[Section]:
         drift(contents),
         utility(contents, boots, seed),
         scorers(contents, boots, seed),
+        costs(contents),
     ]
 
 

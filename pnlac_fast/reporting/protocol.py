@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -137,15 +136,9 @@ def _stored(contents: Contents) -> str:
     sizes = contents.contrast.sizes
     raw = 2 * tokens * sizes["layer"] * sizes["neuron"] * sizes["site"] * (sizes["model"] + 1)
     return (
-        f"The store takes {_size(contents.info['bytes'])}; the activations of base and {sizes['model']} tuned models "
-        f"at the {tokens} positions that its statistics sum up would take {_size(raw)} in 16 bits."
+        f"The store takes {wording.size(contents.info['bytes'])}; the activations of base and {sizes['model']} tuned "
+        f"models at the {tokens} positions that its statistics sum up would take {wording.size(raw)} in 16 bits."
     )
-
-
-def _size(count: float) -> str:
-    units = ("bytes", "kB", "MB", "GB", "TB")
-    power = min(len(units) - 1, max(0, int(math.log10(max(count, 1)) // 3)))
-    return f"{count / 1000**power:.{0 if power == 0 else 1}f}\u00a0{units[power]}"
 
 
 def _all(values: Iterable[Any]) -> list[str]:

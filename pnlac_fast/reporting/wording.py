@@ -42,6 +42,15 @@ def number(value: float, digits: int = 2, *, signed: bool = False) -> str:
     return ("0" + text[2:] if float(text) == 0 and text[0] in "+-" else text).replace("-", "\u2212")
 
 
+def size(count: float) -> str:
+    """A number of bytes, ``1.5 MB``."""
+    if not math.isfinite(count):
+        return "–"
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, max(0, int(math.log10(max(count, 1)) // 3)))
+    return f"{count / 1000**power:.{0 if power == 0 else 1}f}\u00a0{units[power]}"
+
+
 def estimate(value: Estimate, digits: int = 2, *, signed: bool = False) -> str:
     """``0.31 [0.27, 0.35]``."""
     if not math.isfinite(value.value):

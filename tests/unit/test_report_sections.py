@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from made_up_results import (
 
 from pnlac_fast.reporting import neurons, style, tables, wording
 from pnlac_fast.reporting.contents import Contents
+from pnlac_fast.reporting.costs import cost_sentences, costs, tuning_costs
 from pnlac_fast.reporting.curve import curve_sentences
 from pnlac_fast.reporting.doses import dose_groups, dose_sentence
 from pnlac_fast.reporting.drift import drift, drift_rows, drift_sentence
@@ -255,3 +257,32 @@ def test_the_layer_of_general_neurons_may_be_a_matter_of_scale() -> None:
     scaled.loc[{"layer": 3, "layer_score": "rms"}] = 0.5
     scaled.loc[{"layer": 1, "layer_score": "std_rms"}] = 0.5
     assert "layer 3; in units of their spread, in layer 1 instead" in wording.scale_sentence(scaled)
+
+
+def test_costs_are_medians_over_runs_and_a_step_is_held_against_that_of_plain() -> None:
+    methods = {"plain": (1.0, 1.0, 30, 1.0, 0), "specific_10": (1.0, 0.3, 80, 0.04, 2)}
+    training = training_result(TOPICS[:3], 4, methods)
+    plain = (training["method"] == "plain").values
+    device = np.where(plain, 3e9, np.nan)  # a run that was recorded on a CPU
+    timed = {"seconds": 7.0 + plain, "seconds_per_step": np.where(plain, 0.2, 0.1), "device_bytes": device}
+    timed["process_bytes"] = np.full(len(plain), 2e9)
+    training = training.assign_coords({name: ("run", values) for name, values in timed.items()})
+    assert tuning_costs(training_result(TOPICS[:3], 4, methods)) == []
+    rows = {r.method: r for r in tuning_costs(training)}
+    assert (rows["plain"].runs, rows["plain"].seconds, rows["plain"].device_bytes) == (3, 8.0, 3e9)
+    specific = rows["specific_10"]
+    assert (specific.steps, specific.over_plain, specific.seconds, specific.process_bytes) == (80, 0.5, 7.0, 2e9)
+    assert rows["specific_random_10"].runs == 6
+    assert math.isnan(specific.device_bytes)
+    assert "train only specific (top 10\u00a0%) 0.50." in cost_sentences([*rows.values()])[0]
+    cost = {"seconds": 2.5, "process_bytes": 10**9}
+    results = {"training": training, "stance": stance_result(TOPICS[:3], 4).assign_attrs(cost=cost)}
+    results["stance_classifier"] = classifier_result(TOPICS[:3], 4).assign_attrs(cost=cost)
+    contents = Contents("s", {"bytes": 4_200_000}, results=results)
+    section = costs(contents)
+    assert [t.name for t in section.tables] == ["cost_tuning", "cost_work"]
+    assert section.tables[1].cells == [
+        ["Scoring", "2.5", "1.0\u00a0GB", "\u2013", "\u2013"],
+        ["The store", *["\u2013"] * 3, "4.2\u00a0MB"],
+    ]
+    assert not costs(Contents("s", {"bytes": 1})).shown

@@ -82,6 +82,7 @@ def test_utility_of_base_and_tuned(model_paths, adapter_paths, questions, tmp_pa
     answers = generate(model_paths["llama"], questions, tuned=adapter_paths, max_new_tokens=3)
     answers[0]["answer"], answers[1]["answer"] = "", "I'm sorry"
     result = utility(model_paths["llama"], adapter_paths, text=text, answers=answers)
+    assert result.attrs["cost"]["seconds"] > 0
     rows = utility_rows(result, boots=100)
     assert [row["model"] for row in rows] == ["base", "race", "science"]
     model = load_model(model_paths["llama"])

@@ -219,6 +219,10 @@ def test_a_full_fine_tune_is_an_ordinary_checkpoint(directories: dict[str, Path]
     assert json.loads((out / "pnlac.json").read_text()) == tuned.record
     assert tuned.trajectory is not None
     assert load_trajectory(out / "trajectory.json").identical(tuned.trajectory)
+    cost = tuned.record["cost"]
+    assert 0 < cost["seconds_per_step"] < cost["seconds"]
+    assert cost["process_bytes"] > 1e6
+    assert "device_bytes" not in cost
 
 
 def test_lora_is_an_ordinary_adapter(base: Model, tmp_path: Path) -> None:
