@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
+
+from pnlac_fast.shell import offered
 
 Decorator = Callable[..., Any]
 
@@ -63,7 +66,8 @@ class Shares(click.ParamType):
 
 
 class Option(click.Option):
-    """An option whose environment variable is called like its flag, and which may need another option.
+    """An option whose environment variable is called like its flag, which may need another option, and which shells
+    complete.
 
     Parameters
     ----------
@@ -81,6 +85,11 @@ class Option(click.Option):
         """The value of ``PNLAC_<COMMAND>_<FLAG>``."""
         name = f"{ctx.auto_envvar_prefix}_{self.flag.removeprefix('--')}"
         return os.environ.get(name.replace("-", "_").upper()) or super().resolve_envvar_value(ctx)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """What a shell offers: of text, see :func:`pnlac_fast.shell.offered`."""
+        text = isinstance(self.type, click.types.StringParamType | Names)
+        return offered(self.name or "", incomplete) if text else super().shell_complete(ctx, incomplete)
 
 
 class Command(click.Command):
@@ -109,6 +118,11 @@ def _chooses(values: Sequence[str], given: str) -> bool:
 def command(*, epilog: str) -> Decorator:
     """As ``click.command``, made a :class:`Command`."""
     return click.command(cls=Command, epilog=epilog)
+
+
+def argument(name: str) -> Decorator:
+    """As ``click.argument``, completed by shells."""
+    return click.argument(name, shell_complete=lambda ctx, param, incomplete: offered(name, incomplete))
 
 
 def option(*flags: str, **settings: Any) -> Decorator:

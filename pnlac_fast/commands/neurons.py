@@ -11,6 +11,7 @@ from pnlac_fast.commands.inputs import loaded
 from pnlac_fast.options import (
     Share,
     Shares,
+    argument,
     as_json,
     batch_option,
     command,
@@ -28,7 +29,7 @@ NORMALISE = "Log-probability per token (token), or of the whole completion (sum)
 
 
 @command(epilog="Example: pnlac-fast locate run.zarr --top 30% -o neurons.json")
-@click.argument("store")
+@argument("store")
 @option("--top", type=Share(), default="5%", show_default=True, help="Share of all neurons in a topic's top set.")
 @option(
     "--score",

@@ -6,12 +6,12 @@ from typing import Any
 
 import click
 
-from pnlac_fast.options import as_json, command, option
+from pnlac_fast.options import argument, as_json, command, option
 from pnlac_fast.terminal import show
 
 
 @command(epilog="Example: pnlac-fast report run.zarr -o report")
-@click.argument("store")
+@argument("store")
 @option("-o", "--out", required=True, help="Directory for tables, figures and index.html.")
 @option("--title", help="Title of the page.")
 @option("--run", "runs", multiple=True, help="Fine-tune made with --probe, to compare with others. May be repeated.")

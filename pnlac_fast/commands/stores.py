@@ -9,6 +9,7 @@ import click
 from pnlac_fast.commands.inputs import loaded
 from pnlac_fast.options import (
     Numbers,
+    argument,
     as_json,
     command,
     data_options,
@@ -71,7 +72,7 @@ def cache(site: tuple[str, ...], as_json: bool, **given: Any) -> None:
 
 
 @command(epilog="Example: pnlac-fast recount raw.zarr --tokens completion --out completion.zarr")
-@click.argument("source")
+@argument("source")
 @option("--out", required=True, help="Store to write; one that was interrupted is resumed.")
 @names("--tokens", "last", "Which positions count: last, prompt, completion, all.")
 @option(
@@ -92,7 +93,7 @@ def recount(source: str, as_json: bool, **given: Any) -> None:
 
 
 @command(epilog="Example: pnlac-fast merge run.zarr")
-@click.argument("store")
+@argument("store")
 @as_json
 def merge(store: str, as_json: bool) -> None:
     """Make the statistics from what workers have computed. Names the units that are missing, if any."""
@@ -102,7 +103,7 @@ def merge(store: str, as_json: bool) -> None:
 
 
 @command(epilog="Example: pnlac-fast info run.zarr")
-@click.argument("store")
+@argument("store")
 @option("--verify", is_flag=True, help="Read every byte; name what is damaged, missing or foreign, and what to do.")
 @as_json
 def info(store: str, verify: bool, as_json: bool) -> None:
