@@ -69,9 +69,12 @@ gpu:
 	$(GPU) benchmarks/gpu.py
 
 # The wheel is built from the source distribution, so that it holds nothing that the latter lacks.
+# Both are checked as an index would, and for files that do not belong there.
 wheel: $(STAMP)
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
 
 clean:
 	rm -rf $(VENV) .venv-gpu build dist *.egg-info pnlac_fast/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
