@@ -28,6 +28,7 @@ _VERBS = {
     "score": "scoring",
     "utility": "side_effects",
     "report": "reporting",
+    "publish": "publishing",
     "demo": "demonstration",
     "env": "environment",
     "bench": "benchmarking.suite",

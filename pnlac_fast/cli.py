@@ -49,6 +49,7 @@ for _command in (
     answers.score,
     answers.utility,
     results.report,
+    results.publish,
     results.demo,
     machine.env,
     machine.bench,

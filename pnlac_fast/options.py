@@ -277,7 +277,8 @@ patches_option = option(
     "--patch", "patches", help="File of pnlac-fast patch --save: the model it was made for answers so too.", **_tuned
 )
 questions_options = data_choice(
-    required=True, help="Folder in IdeoINST layout or of a saved data set; .jsonl, .csv, .parquet or .json file; or hf://datasets/..."
+    required=True,
+    help="Folder in IdeoINST layout or of a saved data set; .jsonl, .csv, .parquet or .json file; or hf://datasets/...",
 )
 topics_option = names("--topics", None, "Only these topics, separated by commas.")
 data_options = together(questions_options, topics_option)

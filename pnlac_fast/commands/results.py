@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from pnlac_fast.options import argument, as_json, command, option
-from pnlac_fast.terminal import show
+from pnlac_fast.terminal import show, show_record
 
 
 @command(epilog="Example: pnlac-fast report run.zarr -o report")
@@ -22,6 +22,18 @@ def report(store: str, out: str, title: str | None, runs: tuple[str, ...], as_js
 
     page = run(store, out, title=title, runs=runs)
     show({"page": str(page)}, as_json, [{"page": page}])
+
+
+@command(epilog="Example: pnlac-fast publish neurons.json --repo USER/NAME --private")
+@argument("path")
+@option("--repo", required=True, metavar="USER/NAME", help="Model repository on the hub; made where it does not exist.")
+@option("--private", is_flag=True, help="Make it a private one.")
+@as_json
+def publish(path: str, repo: str, private: bool, as_json: bool) -> None:
+    """Put neurons, slices or a report on the hub. With HF_TOKEN set, or after hf auth login."""
+    from pnlac_fast import publish as run
+
+    show_record({"repository": run(path, repo, private=private or None), "address": f"hf://{repo}"}, as_json)
 
 
 @command(epilog="Example: pnlac-fast demo --size small --out demo")

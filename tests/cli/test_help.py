@@ -32,6 +32,7 @@ VERBS = (
         "score",
         "utility",
         "report",
+        "publish",
         "demo",
         "env",
     ),
