@@ -17,6 +17,8 @@ from pnlac_fast.architecture import Architecture, architecture
 from pnlac_fast.errors import UserError, first_line
 from pnlac_fast.tensor_parallel import WHOLE, Part
 
+FIELD = "pnlac_last_projection"  # of a configuration: what the user has named
+
 
 @dataclass(eq=False)
 class Weights:
@@ -26,6 +28,7 @@ class Weights:
     ----------
     last_projection
         Path of the MLP's last projection in a block, where :func:`pnlac_fast.architecture.architecture` must be told.
+        It is written into the model's configuration, so that callbacks, copies and saved models know it too.
     """
 
     hf: Any
@@ -34,6 +37,13 @@ class Weights:
     on: str | None = None
     part: Part = WHOLE
     last_projection: str | None = None
+
+    def __post_init__(self) -> None:
+        config = getattr(self.hf, "config", None)
+        if self.last_projection is None:
+            self.last_projection = getattr(config, FIELD, None)
+        else:
+            setattr(config, FIELD, self.last_projection)
 
     @cached_property
     def architecture(self) -> Architecture:

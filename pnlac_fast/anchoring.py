@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pnlac_fast.architecture import backbone
 from pnlac_fast.base_activations import BaseActivations, base_activations, columns_of
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
@@ -80,7 +81,7 @@ class Anchor(Penalty):
         """Look rows up as they enter the decoder, and pull at the chosen neurons as they are computed."""
         assert self.base is not None
         self.neurons.fits(model)
-        base, backbone = self.base, model.hf.get_decoder()
+        base, inner = self.base, backbone(model.hf)
         columns = columns_of(self.neurons, model.device)
         inverse = (1 / base.std).to(model.device)
         now: dict[str, Any] = {"on": False}  # the rows of the pass that trains
@@ -122,8 +123,8 @@ class Anchor(Penalty):
             gradient = (2 * self.scale * pull * inverse[here]).to(activation.dtype)
             return _Pull.apply(activation, index, gradient.view(*activation.shape[:-1], -1), self)
 
-        place.callback(backbone.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        place.callback(backbone.register_forward_hook(leave).remove)
+        place.callback(inner.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        place.callback(inner.register_forward_hook(leave).remove)
         place.enter_context(model.tapped(self.neurons.site, visit, list(columns)))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,10 @@ MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 # Names of last projections, for MLPs whose widths leave it open which one that is.
 LAST = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "w2", "wo", "linear2", "ff_out", "down")
+# Parts of names of what mixes tokens, whose projections may look like an MLP's.
+MIXERS = ("attn", "attention", "mamba")
+# Names of the module of an MLP, where a block has other pairs of linear layers beside it (low-rank ones, of Gemma 3n).
+NAMES = ("mlp", "mlp_block", "feed_forward", "ffn")
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the parts of a decoder are, the same in every block.
+    """Where the parts of a decoder are, the same in every block that is read.
 
     Attributes
     ----------
@@ -91,6 +95,8 @@ class Architecture:
         Width of the residual stream.
     experts
         How many there are in a block; 0 where every token takes the same MLP.
+    read
+        Numbers of the blocks that hold this MLP: all of them, unless the user has chosen one of several kinds.
     """
 
     blocks: str
@@ -99,6 +105,7 @@ class Architecture:
     width: int
     hidden: int
     experts: int = 0
+    read: tuple[int, ...] = ()
 
     @property
     def down(self) -> Projection:
@@ -133,32 +140,73 @@ def architecture(hf: Any, last_projection: str | None = None) -> Architecture:
     ----------
     last_projection
         Path, in a block, of the last projection, or of the experts; for models where the scan finds several or none.
+        Blocks without it, such as the dense ones of a mixture, are not read.
 
     Raises
     ------
     UserError
         The scan finds no MLP, several, or not the same in every block; it names the paths to choose from.
     """
-    kind, config = hf.config.model_type, hf.config.get_text_config()
-    decoder = hf.get_decoder()
+    kind, count = hf.config.model_type, getattr(hf.config.get_text_config(), "num_hidden_layers", None)
+    decoder = backbone(hf)
     front = next(name for name, module in hf.named_modules() if module is decoder)
-    count = getattr(config, "num_hidden_layers", None)
-    lists = (n for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-    if getattr(hf.config, "is_encoder_decoder", False) or (name := next(lists, None)) is None:
+    lists = {name: len(module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
+    name = next((name for name, length in lists.items() if length == count), None)
+    if getattr(hf.config, "is_encoder_decoder", False) or name is None:
+        there = ", ".join(f"{name} ({length})" for name, length in lists.items() if name.count(".") < 2)
         raise UserError(
-            f"Model type '{kind}' has no list of {count} blocks (num_hidden_layers): give a decoder-only causal model."
+            f"Model type '{kind}' has no list of {count} blocks (num_hidden_layers) but {there or 'none'}: "
+            f"give a decoder-only causal model whose blocks run once, one after another."
         )
     path = ".".join(part for part in (front, name) if part)
-    found: dict[Architecture, list[int]] = {}
+    candidates: dict[str, dict[Architecture, list[int]]] = {}  # by path of the last projection
+    unknown: dict[str, None] = {}
+    alone = True
     for layer, block in enumerate(hf.get_submodule(path)):
-        found.setdefault(_of_block(block, path, kind, last_projection), []).append(layer)
-    if len(found) > 1:
-        shapes = " and ".join(f"{a.down.path} with {a.neurons} neurons in {_layers(at)}" for a, at in found.items())
-        raise UserError(
-            f"The MLPs of model type '{kind}' differ: {shapes}. Every block must have the same: give a model without "
-            f"mlp_only_layers, first_k_dense_replace and the like in its config."
+        found, others = _of_block(block, path, last_projection)
+        alone &= len(found) == 1 and not others
+        unknown |= dict.fromkeys(others)
+        for at, mlp in found.items():
+            candidates.setdefault(at, {}).setdefault(mlp, []).append(layer)
+    if last_projection is None and alone and len(candidates) == 1:
+        chosen = next(iter(candidates.values()))
+    else:
+        chosen = candidates.get(last_projection or "", {})
+    if len(chosen) == 1:
+        mlp, layers = next(iter(chosen.items()))
+        return replace(mlp, read=tuple(layers))
+    raise _refusal(kind, last_projection, candidates, [*unknown], _linears(hf.get_submodule(path)[0]))
+
+
+def _refusal(
+    kind: str,
+    last: str | None,
+    candidates: dict[str, dict[Architecture, list[int]]],
+    unknown: list[str],
+    linears: list[str],
+) -> UserError:
+    """What is found in the blocks where that is not one MLP, and what to do."""
+    at = f" at '{last}'" if last is not None else ""
+    if not candidates:
+        return UserError(
+            f"The MLP of model type '{kind}' is not found by its shape{at}: name its last projection, a path in each "
+            f"block, with --last-projection. There are {', '.join((unknown or linears)[:8]) or 'no linear layers'}."
         )
-    return next(iter(found))
+    shapes = [f"{n} ({m.neurons} neurons, {_layers(on)})" for n, ms in candidates.items() for m, on in ms.items()]
+    shapes += [f"{name} (of a kind that is not known)" for name in unknown]
+    held = f"The blocks of model type '{kind}' hold {' and '.join(shapes)}"
+    if len(candidates[last] if last in candidates else min(candidates.values(), key=len)) > 1:
+        return UserError(f"{held}. Only MLPs of one width are read together: give a model whose blocks are alike.")
+    return UserError(
+        f"{held}{f', and no MLP{at}' if at else ''}: name the one to read with --last-projection; blocks without it "
+        f"are left out."
+    )
+
+
+def backbone(hf: Any) -> Any:
+    """What holds the blocks of a Hugging Face model, without the head: what ``stop`` runs."""
+    decoder = hf.get_decoder()
+    return decoder if any(isinstance(m, nn.ModuleList) for m in decoder.modules()) else hf.base_model
 
 
 def plain(module: Any) -> Any:
@@ -172,7 +220,8 @@ def plain(module: Any) -> Any:
             return module
 
 
-def _of_block(block: nn.Module, path: str, kind: str, last: str | None) -> Architecture:
+def _of_block(block: nn.Module, path: str, last: str | None) -> tuple[dict[str, Architecture], list[str]]:
+    """The MLPs of a block by path of their last projection, and experts that are not known."""
     found: dict[str, Architecture] = {}
     unknown: list[str] = []
     groups: dict[str, dict[str, tuple[int, int]]] = {}
@@ -188,23 +237,24 @@ def _of_block(block: nn.Module, path: str, kind: str, last: str | None) -> Archi
     for group, linears in groups.items():
         if (mlp := _mlp(group, linears, path, last)) is not None:
             found[mlp.down.path] = mlp
-    if last is not None and last in found:
-        return found[last]
-    if len(found) != 1 or unknown or last is not None:
-        names = [*found, *unknown] or sorted({name for linears in groups.values() for name in linears})
-        raise UserError(
-            f"The MLP of model type '{kind}' is not found by its shape"
-            + (f" at '{last}'" if last is not None else "")
-            + f": name its last projection, a path in each block, with --last-projection. There are "
-            f"{', '.join(names[:8]) or 'no linear layers'}."
-        )
-    return next(iter(found.values()))
+    if not found and not unknown:  # the projections may be in modules of their own, as in BERT
+        every = {name: widths for linears in groups.values() for name, widths in linears.items()}
+        if (mlp := _mlp("", every, path, last)) is not None:
+            found[mlp.down.path] = mlp
+    named = {at for at, mlp in found.items() if mlp.experts or mlp.mlp.rpartition(".")[2] in NAMES}
+    if any(not found[at].experts for at in named) and last is None:
+        found = {at: mlp for at, mlp in found.items() if at in named}
+    return found, unknown
+
+
+def _linears(block: nn.Module) -> list[str]:
+    return sorted(name for name, module in _outside_attention(block) if _widths(plain(module)) is not None)
 
 
 def _outside_attention(block: nn.Module, front: str = "") -> Iterator[tuple[str, Any]]:
-    """Modules of a block that are not part of attention, outermost first; not what is inside a projection."""
+    """Modules of a block that are not part of :data:`MIXERS`, outermost first; not what is inside a projection."""
     for name, child in block.named_children():
-        if "attn" in name.lower() or "attention" in name.lower():
+        if any(part in name.lower() for part in MIXERS):
             continue
         yield front + name, child
         if _widths(plain(child)) is None:
@@ -231,9 +281,12 @@ def _mlp(group: str, linears: dict[str, tuple[int, int]], path: str, last: str |
         into = {name: out for name, (given, out) in linears.items() if name != down and given == hidden}
         copies = {(width,): 1, (width, width): 1, (2 * width,): 2}.get(tuple(into.values()))
         if copies is not None and len(into) == len(linears) - 1:
-            parts = [Projection(name.rpartition(".")[2], name, True, copies) for name in into]
+            short = {name: name.rpartition(".")[2] for name in linears}
+            if len(set(short.values())) < len(short):  # BERT calls both dense
+                short = {name: name.replace(".", "_") for name in linears}
+            parts = [Projection(short[name], name, True, copies) for name in into]
             first = group or next(iter(into))
-            return Architecture(path, first, (*parts, Projection(down.rpartition(".")[2], down, False)), width, hidden)
+            return Architecture(path, first, (*parts, Projection(short[down], down, False)), width, hidden)
     return None
 
 

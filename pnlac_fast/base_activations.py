@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pnlac_fast import prompts
 from pnlac_fast import store as stores
+from pnlac_fast.architecture import backbone
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
@@ -121,7 +122,7 @@ def base_activations(
         decoder.tapped(neurons.site, visit, list(columns)),
     ):
         for batch in prompts.batches(texts, batch_tokens, device=decoder.device):
-            hf.get_decoder()(**batch.inputs(), use_cache=False)
+            backbone(hf)(**batch.inputs(), use_cache=False)
             read = torch.cat([taken[layer] for layer in columns], -1).to("cpu", dtype)
             if values is None:
                 values = torch.empty(starts[-1], read.shape[1], dtype=read.dtype)

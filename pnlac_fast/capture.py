@@ -173,8 +173,8 @@ def _batches(base: Model, texts: Sequence[Text], budget: int, shortcuts: Collect
     ids = [text.ids for text in texts]
     if "pack" in shortcuts:
         return packs(ids, budget, share="share" in shortcuts, device=base.device)
-    side = getattr(base.tokenizer, "padding_side", "right")
-    return prompts.batches(ids, budget, padding_side=side, device=base.device)
+    # On the right, whatever the tokenizer does to generate: there it changes nothing in any model that looks back only.
+    return prompts.batches(ids, budget, device=base.device)
 
 
 def _select(

@@ -13,15 +13,18 @@ from transformers.pytorch_utils import Conv1D
 
 from pnlac_fast import prompts
 from pnlac_fast.architecture import SITES
-from pnlac_fast.errors import UserError
+from pnlac_fast.errors import UserError, first_line
 from pnlac_fast.models import Model
-from pnlac_fast.passes import SHORTCUTS, run, tolerance, unusable
+from pnlac_fast.passes import SHORTCUTS, UnvisitedError, run, tolerance, unusable
 
 TEXTS = (9, 5, 7)  # tokens of the texts that are tried
 
 
 def dry_run(model: Model) -> None:
-    """Run four tokens, and refuse a model in which a site does not run once in every layer, as wide as it should be.
+    """Run a text of four tokens and its first two, and refuse a model that is not read as it should be.
+
+    A site must run once in every layer, as wide as it should be; and what a block says of the first two tokens must not
+    depend on those that follow.
 
     Raises
     ------
@@ -29,20 +32,43 @@ def dry_run(model: Model) -> None:
         It names the site.
     """
     seen: dict[str, list[int]] = {site: [] for site in SITES}
-    (batch,) = prompts.batches([_tokens(model, 4)], 4, device=model.device)
+    first: list[Tensor] = []
+    tokens = _tokens(model, 4)
+    (batch,) = prompts.batches([tokens, tokens[:2]], 8, device=model.device)
+
+    def visit(site: str, layer: int, activation: Tensor, _: bool) -> None:
+        seen[site].append(activation.shape[1])
+        if site == "resid" and not layer:
+            first.extend(activation[rows[:2]] for rows in batch.rows)
+
     try:
-        run(model, batch, SITES, lambda site, _, a, __: seen[site].append(a.shape[1]), shortcuts=())
-    except RuntimeError as error:
+        run(model, batch, SITES, visit, shortcuts=())
+    except UnvisitedError as error:
         raise UserError(
             f"The sites of '{model.name}' do not run as its blocks are built ({error}): name the MLP's last projection "
             f"with --last-projection."
         ) from error
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise UserError(
+            f"'{model.name}' (model type '{model.hf.config.model_type}') does not run on a few tokens here "
+            f"({first_line(error)}): try --dtype float32, or check its config."
+        ) from error
     for site, widths in seen.items():
+        if set(widths) != {model.width(site)} and site == "resid":
+            raise UserError(
+                f"The blocks of '{model.name}' (model type '{model.hf.config.model_type}') do not give one vector of "
+                f"{model.width(site)} for each token, so there is no residual stream to read: give another decoder."
+            )
         if set(widths) != {model.width(site)}:
             raise UserError(
                 f"Site {site} of '{model.name}' ran with {sorted(set(widths))} neurons, expected {model.width(site)}: "
                 f"name the MLP's last projection with --last-projection."
             )
+    if _relative(*first) > tolerance(model):
+        raise UserError(
+            f"'{model.name}' (model type '{model.hf.config.model_type}') lets tokens look ahead, or mixes the texts of "
+            f"a batch: give a causal decoder, with is_decoder in its config where there is such a field."
+        )
 
 
 def self_check(model: Model) -> dict[str, Any]:
@@ -56,10 +82,11 @@ def self_check(model: Model) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``layers``, ``blocks`` (their path), ``mlp`` (paths of the projections, the last one at the end), ``experts``
-        (of a block, 0 for none) and ``widths`` (neurons of each site in a layer); ``shortcuts`` that ``cache`` takes,
-        and why others are ``left_out``; ``checks``, for each its ``error``, the largest difference over the largest
-        value of a site and layer, what is ``allowed`` in the model's dtype, and whether it ``holds``:
+        ``layers``, ``blocks`` (their path), ``read`` (numbers of the blocks that are layers here, where not all are),
+        ``mlp`` (paths of the projections, the last one at the end), ``experts`` (of a block, 0 for none) and ``widths``
+        (neurons of each site in a layer); ``shortcuts`` that ``cache`` takes, and why others are ``left_out``;
+        ``checks``, for each its ``error``, the largest difference over the largest value of a site and layer, what is
+        ``allowed`` in the model's dtype, and whether it ``holds``:
 
         batch
             A text in a batch gives the activations that it gives alone.
@@ -101,6 +128,7 @@ def self_check(model: Model) -> dict[str, Any]:
     return {
         "layers": len(model.blocks),
         "blocks": found.blocks,
+        **({} if len(found.read) == len(model.hf.get_submodule(found.blocks)) else {"read": list(found.read)}),
         "mlp": [projection.path for projection in found.projections],
         "experts": found.experts,
         "widths": {site: model.width(site) for site in SITES},

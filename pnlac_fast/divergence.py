@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pnlac_fast.architecture import backbone
 from pnlac_fast.datasets import Question
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.generation import answers
@@ -164,7 +165,7 @@ class KLToBase(Penalty):
             output.last_hidden_state = first
             return output
 
-        place.callback(model.hf.get_decoder().register_forward_hook(leave).remove)
+        place.callback(backbone(model.hf).register_forward_hook(leave).remove)
 
     def _term(self, model: Model, module: nn.Module) -> Tensor:
         chosen = self._next()

@@ -103,8 +103,6 @@ def load_model(
         hf.to(place)
     hf.eval()
     weights = Weights(hf, part=part, last_projection=last_projection)
-    if weights.architecture.experts and hf.dtype == torch.float64:
-        hf.set_experts_implementation("eager")  # the others multiply in single precision at most
     tokenizer = _load_tokenizer(source, options)
     origin = {
         "source": source,
@@ -112,10 +110,11 @@ def load_model(
         "sha256": weights_sha256(source),
         "type": hf.config.model_type,
         "dtype": _dtype(hf),
-        **({"last_projection": last_projection} if last_projection else {}),
+        **({"last_projection": weights.last_projection} if weights.last_projection else {}),
         **_finetune_record(source),
     }
     model = Model(weights, tokenizer, name or _short_name(source), origin)
+    _eager_in_double(model)
     if tp:
         check(model)
     else:
@@ -155,12 +154,18 @@ def from_hf(hf: Any, tokenizer: Any, *, name: str = "", last_projection: str | N
         "sha256": weights_sha256(source),
         "type": hf.config.model_type,
         "dtype": _dtype(hf),
-        **({"last_projection": last_projection} if last_projection else {}),
+        **({"last_projection": weights.last_projection} if weights.last_projection else {}),
         **_finetune_record(source),
     }
     model = Model(weights, tokenizer, name or _short_name(source), origin)
+    _eager_in_double(model)
     dry_run(model)
     return model
+
+
+def _eager_in_double(model: Model) -> None:
+    if model.architecture.experts and model.hf.dtype == torch.float64:
+        model.hf.set_experts_implementation("eager")  # the others multiply in single precision at most
 
 
 def load_tuned(base: Model, source: str | Path, *, name: str | None = None) -> Model:
@@ -241,7 +246,8 @@ def _with_slices(base: Model, source: str, files: list[str], name: str) -> Model
         for key in load_slices(file).tensors:
             _, layer, part, kind = key.split(".")
             paths = [p.path for p in base.architecture.projections if p.name == part]
-            brought |= {f"{base.architecture.blocks}.{layer}.{path}.{kind}" for path in paths}
+            number = base.architecture.read[int(layer)]
+            brought |= {f"{base.architecture.blocks}.{number}.{path}.{kind}" for path in paths}
     model = Model(sharing(base.weights, brought), base.tokenizer, name, {})
     overlap = "sum" if source.startswith("sum:") and len(files) > 1 else "refuse"
     stack_slices(model, files, overlap=overlap)

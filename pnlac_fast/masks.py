@@ -24,6 +24,7 @@ from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.optimizers import StepMask
 from pnlac_fast.penalties import decoder_of
+from pnlac_fast.places import Place, places
 
 MODES = ("freeze", "specific")
 
@@ -52,32 +53,23 @@ class Mask:
     low_rank: bool
     first: Tensor | None = None
 
+    @property
+    def place(self) -> Place:
+        """Where the entries are."""
+        return Place(self.dim, self.still, self.first)
+
     def values(self) -> Tensor:
         """A copy of the entries."""
-        if self.first is None:
-            return self.parameter.detach().index_select(self.dim, self.still)
-        return self.parameter.detach()[self._pairs()]
+        return self.place.take(self.parameter.detach())
 
     def put(self, values: Tensor | float) -> None:
         """Overwrite the entries."""
-        self._write(self.parameter.detach(), values)
+        self.place.put(self.parameter.detach(), values)
 
     def zero_gradient(self, *_: Any) -> None:
         """Zero these entries of the gradient, in place; filled, not multiplied, so that infinities go too."""
         if self.parameter.grad is not None:
-            self._write(self.parameter.grad, 0.0)
-
-    def _write(self, tensor: Tensor, values: Tensor | float) -> None:
-        if self.first is not None:
-            tensor[self._pairs()] = values
-        elif isinstance(values, Tensor):
-            tensor.index_copy_(self.dim, self.still, values)
-        else:
-            tensor.index_fill_(self.dim, self.still, values)
-
-    def _pairs(self) -> tuple[Any, ...]:
-        every = slice(None)
-        return (self.first, *(self.still if d == self.dim else every for d in range(1, self.parameter.dim())))
+            self.place.put(self.parameter.grad, 0.0)
 
     def on_step(self, factor: float) -> StepMask:
         """The mask by which an optimizer's step moves these entries by ``factor`` of what it moves the others."""
@@ -178,11 +170,8 @@ def _of_linear(
     if not isinstance(linear, nn.Linear | Conv1D) or not (module is linear or isinstance(module, LoraLayer)):
         raise UserError(f"InhibitFT masks linear layers and LoRA, not {type(module).__name__}: tune with one of those.")
     (index, _), outputs = projection.place(neurons, width), projection.inward
-    rows = outputs != isinstance(linear, Conv1D)  # whose weight is [input, output]
-    found: list[_Entries] = [(linear.weight, 0 if rows else 1, index, False, None)]
+    found = _own(linear, projection, neurons, width)
     shared: list[Any] = []
-    if outputs:
-        found.append((linear.bias, 0, index, False, None))
     lora: Any = module
     for name in getattr(lora, "lora_A", ()):
         a, b, bias = lora.lora_A[name].weight, lora.lora_B[name].weight, lora.lora_B[name].bias
@@ -216,10 +205,7 @@ def _of_experts(
             )
         lora = lora.base_layer
     index, expert = projection.place(neurons, width)
-    rows = projection.inward != experts.is_transposed
-    found: list[_Entries] = [(getattr(experts, projection.name), 1 if rows else 2, index, False, expert)]
-    if projection.inward:
-        found.append((getattr(experts, f"{projection.name}_bias", None), 1, index, False, expert))
+    found = _own(experts, projection, neurons, width)
     shared: list[Any] = []
     for name in getattr(lora, "lora_A", ()):
         a, b, rank = lora.lora_A[name].weight, lora.lora_B[name].weight, lora.r[name]
@@ -237,6 +223,12 @@ def _of_experts(
             found.append((a, 1, index.repeat_interleave(rank), True, (expert[:, None] * rank + each).flatten()))
         shared.append(a if projection.inward else b)
     return [t for t in found if t[0] is not None and t[0].requires_grad], [p for p in shared if p.requires_grad]
+
+
+def _own(module: Any, projection: Projection, neurons: Tensor, width: int) -> list[_Entries]:
+    """Entries of neurons in the weights themselves."""
+    found = places(module, projection, neurons, width).values()
+    return [(getattr(module, name), place.dim, place.index, False, place.first) for name, place in found]
 
 
 def _found(model: nn.Module) -> str:

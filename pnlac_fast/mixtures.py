@@ -19,6 +19,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "pnlac_visited"
 Visit = Callable[[Tensor], Tensor | None]
+Product = Callable[[Any, str, int, Tensor], Tensor]
 _visits: ContextVar[dict[int, tuple[Visit, ...]]] = ContextVar("visits")  # by the id of a module
 _usual: ContextVar[dict[int, Any]] = ContextVar("usual")  # implementation by the id of a configuration
 
@@ -47,48 +48,67 @@ def visited(experts: Sequence[nn.Module], visits: Sequence[Visit]) -> Iterator[N
 
 def _forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Compute experts as transformers asks: hidden [token, width], index and weights [token, choice]."""
-    visits = _visits.get().get(id(module), ())
-    if not visits:
-        own = type(module).forward.__wrapped__
-        usual = ALL_EXPERTS_FUNCTIONS.get(_usual.get()[id(module.config)], own)  # "eager" is none of its keys
-        return usual(module, hidden, index, weights)
+    if id(module) in _visits.get():
+        return compute(module, hidden, index, weights, product, getattr(module, "down_proj_bias", None))
+    own = type(module).forward.__wrapped__
+    usual = ALL_EXPERTS_FUNCTIONS.get(_usual.get()[id(module.config)], own)  # "eager" is none of its keys
+    return usual(module, hidden, index, weights)
+
+
+def product(module: Any, name: str, expert: int, x: Tensor) -> Tensor:
+    """A projection of one expert, of x [token, input]; what leads to the neurons with its bias."""
+    weight, bias = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
+    out = x @ weight if module.is_transposed else nn.functional.linear(x, weight)
+    return out if bias is None or name == "down_proj" else out + bias[expert]
+
+
+def compute(
+    module: Any,
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    product: Product,
+    bias: Tensor | None,
+) -> Tensor:
+    """Compute experts one after another, and show their activations to the visits that there are.
+
+    ``product`` computes projections, as :func:`product` does; ``bias`` is that of the last ones, [expert, output].
+    """
     count, width = module.num_experts, module.down_proj.shape[1 if module.is_transposed else 2]
-    middle = hidden.new_zeros(len(hidden), count, width)
     routed: dict[int, Tensor] = {}
+    active: dict[int, Tensor] = {}
     for expert in index.unique().tolist():
         if expert < count:  # with experts spread over devices, those of others have no number here
-            routed[expert], choice = (index == expert).nonzero(as_tuple=True)
-            scale = weights[routed[expert], choice, None].to(hidden.dtype)
-            middle[routed[expert], expert] = _into(module, hidden[routed[expert]], expert) * scale
-    changed = False
-    for visit in visits:
-        if (new := visit(middle.flatten(1))) is not None:
-            changed, middle = True, new.view(middle.shape)
+            at, choice = (index == expert).nonzero(as_tuple=True)
+            scale = weights[at, choice, None].to(hidden.dtype)
+            routed[expert], active[expert] = at, _into(module, hidden[at], expert, product) * scale
+    rows = routed
+    if visits := _visits.get({}).get(id(module), ()):
+        changed, middle = False, hidden.new_zeros(len(hidden), count, width)
+        for expert, at in routed.items():
+            middle[at, expert] = active[expert]
+        for visit in visits:
+            if (new := visit(middle.flatten(1))) is not None:
+                changed, middle = True, new.view(middle.shape)
+        if changed:
+            rows = {expert: middle[:, expert].detach().any(1).nonzero()[:, 0] for expert in range(count)}
+        active = {expert: middle[at, expert] for expert, at in rows.items()}
     out = torch.zeros_like(hidden)
-    for expert in range(count) if changed else routed:
-        part = middle[:, expert]
-        at = part.detach().any(1).nonzero()[:, 0] if changed else routed[expert]
+    for expert, at in rows.items():
         if len(at):
-            out = out.index_add(0, at, _times(module, part[at], module.down_proj[expert]))
-    if module.has_bias:
+            out = out.index_add(0, at, product(module, "down_proj", expert, active[expert]))
+    if bias is not None:
         for expert, at in routed.items():
             share = torch.where(index[at] == expert, weights[at], 0).sum(1, keepdim=True)
-            out = out.index_add(0, at, (module.down_proj_bias[expert] * share).to(hidden.dtype))
+            out = out.index_add(0, at, (bias[expert] * share).to(hidden.dtype))
     return out
 
 
-def _into(module: Any, x: Tensor, expert: int) -> Tensor:
+def _into(module: Any, x: Tensor, expert: int, product: Product) -> Tensor:
     """The activations of one expert, [token, width], without routing weight."""
-    gated = getattr(module, "has_gate", True)  # before transformers 5.2 all were
-    name = "gate_up_proj" if gated else "up_proj"
-    wide = _times(module, x, getattr(module, name)[expert])
-    if module.has_bias:
-        wide = wide + getattr(module, f"{name}_bias")[expert]
-    return module._apply_gate(wide) if gated else module.act_fn(wide)
-
-
-def _times(module: Any, x: Tensor, weight: Tensor) -> Tensor:
-    return x @ weight if module.is_transposed else nn.functional.linear(x, weight)
+    if getattr(module, "has_gate", True):  # before transformers 5.2 all had one
+        return module._apply_gate(product(module, "gate_up_proj", expert, x))
+    return module.act_fn(product(module, "up_proj", expert, x))
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, _forward)

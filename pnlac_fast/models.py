@@ -71,8 +71,9 @@ class Model:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The transformer blocks, in order."""
-        return self.hf.get_submodule(self.architecture.blocks)
+        """The transformer blocks that are read, in order: layer i of everything is the i-th of them."""
+        every, read = self.hf.get_submodule(self.architecture.blocks), self.architecture.read
+        return every if len(read) == len(every) else nn.ModuleList(every[i] for i in read)
 
     @property
     def context(self) -> int:
@@ -136,6 +137,9 @@ class Model:
                 taps.enter_context(visited([plain(module) for module in modules], visits))
             else:
                 tap = _tap_input if site == "mlp_mid" else _tap_output
+                stream = getattr(self.hf.config.get_text_config(), "altup_active_idx", None)
+                if site == "resid" and stream is not None:
+                    visits = [_of_stream(one, stream) for one in visits]
                 for module, one in zip(modules, visits, strict=True):
                     taps.callback(tap(module, one).remove)
             yield
@@ -221,6 +225,16 @@ def _batched(visit: _Visit, batches: list[torch.Size]) -> _Visit:
     return of_rows
 
 
+def _of_stream(visit: _Visit, index: int) -> _Visit:
+    """A visit that gets one of the streams of Gemma 3n, [stream, batch, position, neuron]: what blocks compute."""
+
+    def of_streams(activation: Tensor) -> Tensor | None:
+        new = visit(activation[index])
+        return None if new is None else activation.index_copy(0, torch.tensor([index], device=new.device), new[None])
+
+    return of_streams
+
+
 def _tap_input(module: nn.Module, visit: _Visit) -> Any:
     def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         new = visit(args[0])
@@ -231,8 +245,8 @@ def _tap_input(module: nn.Module, visit: _Visit) -> Any:
 
 def _tap_output(module: nn.Module, visit: _Visit) -> Any:
     def after(_: nn.Module, __: Any, output: Any) -> Any:
-        inner = isinstance(output, tuple)
+        inner = isinstance(output, tuple | list)
         new = visit(output[0] if inner else output)
-        return None if new is None else (new, *output[1:]) if inner else new
+        return None if new is None else type(output)((new, *output[1:])) if inner else new
 
     return module.register_forward_hook(after)

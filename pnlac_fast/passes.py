@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pnlac_fast import ops, prompts
-from pnlac_fast.architecture import SITES
+from pnlac_fast.architecture import SITES, backbone
+from pnlac_fast.errors import first_line
 from pnlac_fast.models import Model
 from pnlac_fast.packing import Pack, attending, packs
 from pnlac_fast.prompts import Batch
@@ -25,6 +26,10 @@ SHORTCUTS = {
 }
 Visit = Callable[[str, int, Tensor, bool], None]
 Middle = Callable[[int, Tensor, Tensor, str], Tensor]
+
+
+class UnvisitedError(RuntimeError):
+    """A pass in which a site did not run exactly once per layer."""
 
 
 class _Stop(Exception):
@@ -56,7 +61,7 @@ def run(
 
     Raises
     ------
-    RuntimeError
+    UnvisitedError
         A site was not visited exactly once per layer.
     """
     last, final = len(model.blocks) - 1, max(sites, key=SITES.index)
@@ -84,9 +89,9 @@ def run(
         if isinstance(batch, Pack):
             stack.enter_context(attending(hf, batch))
         with suppress(_Stop):
-            (hf.get_decoder() if stop else hf)(**batch.inputs(), use_cache=False)
+            (backbone(hf) if stop else hf)(**batch.inputs(), use_cache=False)
     if dict(visits) != {(site, layer): 1 for site in sites for layer in range(last + 1)}:
-        raise RuntimeError(
+        raise UnvisitedError(
             f"{visits.total()} sites were visited in a pass of '{model.name}', expected {len(sites) * (last + 1)}: "
             f"its layers are skipped or run twice, so its statistics would be wrong"
         )
@@ -127,8 +132,13 @@ def unusable(model: Model, shortcuts: Collection[str], *, longest: int, engine: 
     elif not ops.fuses(model.device, engine):
         reasons["fuse"] = "it saves nothing here"
     for name in ("pack", "fuse", "stop"):
-        if name in shortcuts and name not in reasons and not agrees(model, name):
-            reasons[name] = "it changes activations by more than rounding"
+        if name not in shortcuts or name in reasons:
+            continue
+        try:
+            if not agrees(model, name):
+                reasons[name] = "it changes activations by more than rounding"
+        except (RuntimeError, TypeError, ValueError) as error:  # such as attention with a bias by position
+            reasons[name] = f"it does not run with it ({first_line(error)})"
     if "pack" not in shortcuts or "pack" in reasons:
         reasons["share"] = "it needs pack"
     return {name: reason for name, reason in reasons.items() if name in shortcuts}

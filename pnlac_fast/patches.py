@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from pnlac_fast.adapters import Weights
+from pnlac_fast.architecture import backbone
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet, from_record, to_record
@@ -131,7 +132,7 @@ def patched(
         try:
             with source.active() as hf:
                 inputs = {name: kwargs.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
-                hf.get_decoder()(**inputs, past_key_values=cache, use_cache=cache is not None)
+                backbone(hf)(**inputs, past_key_values=cache, use_cache=cache is not None)
         finally:
             recording = False
 

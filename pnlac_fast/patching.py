@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pnlac_fast import prompts
 from pnlac_fast import store as stores
+from pnlac_fast.architecture import backbone
 from pnlac_fast.cost import Meter
 from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint, paired
 from pnlac_fast.errors import UserError, unknown
@@ -247,7 +248,7 @@ def _record(model: Model, batch: prompts.Batch, site: str) -> dict[int, Tensor]:
     """Activations of a site by layer, [sequence, position, neuron]."""
     seen: dict[int, Tensor] = {}
     with model.tapped(site, lambda layer, a: seen.__setitem__(layer, a.clone())), model.active() as hf:
-        hf.get_decoder()(**batch.inputs(), use_cache=False)
+        backbone(hf)(**batch.inputs(), use_cache=False)
     return seen
 
 

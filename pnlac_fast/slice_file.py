@@ -19,6 +19,8 @@ from pnlac_fast.loading import SLICES_FILE
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet, from_record, to_record
 from pnlac_fast.penalties import decoder_of
+from pnlac_fast.places import Place, places
+from pnlac_fast.sliced import computes_plainly
 from pnlac_fast.slices import Slices, fingerprint
 
 FORMAT, VERSION = "pnlac-neuron-slices", 1
@@ -57,7 +59,13 @@ def save_slices(slices: Slices, path: str | Path, base: Mapping[str, Any] | None
         "version": str(VERSION),
         "base_sha256": slices.base_sha256,
         "neurons": json.dumps(to_record(neurons)),
-        "dims": json.dumps({part.part: part.dim for part in slices.parts}),
+        "dims": json.dumps(
+            {
+                part.part + suffix: place.along
+                for part in slices.parts
+                for suffix, place in zip(("", ".bias"), part.places.values(), strict=False)
+            }
+        ),
     }
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.cpu().contiguous() for name, tensor in slices.tensors().items()}, path, metadata)
@@ -85,8 +93,8 @@ def load_slices(path: str | Path) -> SliceFile:
         found = SliceFile(from_record(json.loads(metadata["neurons"])), metadata["base_sha256"], tensors)
         dims = json.loads(metadata["dims"])
         for name, tensor in tensors.items():
-            _, layer, part, _ = name.split(".")
-            if tensor.shape[dims[part]] % found.neurons.per_layer[int(layer)]:
+            _, layer, part, kind = name.split(".")
+            if tensor.shape[dims.get(f"{part}.{kind}", dims[part])] % found.neurons.per_layer[int(layer)]:
                 raise ValueError(f"{name} is {list(tensor.shape)}")
     except (SafetensorError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"The file of neuron slices '{path}' is damaged ({error}): fine-tune again.") from error
@@ -156,41 +164,40 @@ def stack_slices(
                     f"'{first}' and '{second}' both change {count}: give one of them, or add their changes up (sum:, "
                     f"or overlap='sum')."
                 )
-    before = [{name: t.index_select(dim, i) for name, (t, dim, i) in places.items()} for places in placed]
-    for number, (found, places) in enumerate(zip(files, placed, strict=True)):
-        for name, (tensor, dim, index) in places.items():
+    before = [{name: place.take(tensor) for name, (tensor, place) in of_file.items()} for of_file in placed]
+    for number, (found, of_file) in enumerate(zip(files, placed, strict=True)):
+        for name, (tensor, place) in of_file.items():
             value = found.tensors[name].to(tensor)
             if number:  # what earlier files have changed keeps their change
-                now = tensor.index_select(dim, index)
+                now = place.take(tensor)
                 value = torch.where(now == before[number][name], value, now + (value - before[number][name]))
-            tensor.index_copy_(dim, index, value)
+            place.put(tensor, value)
     return tuple(found.neurons for found in files)
 
 
-_Places = dict[str, tuple[Tensor, int, Tensor]]  # a tensor of the model, and where the entries of a slice are in it
+_Places = dict[str, tuple[Tensor, Place]]  # a tensor of the model, and where the entries of a slice are in it
 
 
 def _places(decoder: Model, found: SliceFile, path: str | Path) -> _Places:
     """Where each tensor of a file belongs in a model; refused where its values there are not the base's."""
     found.neurons.fits(decoder)
-    places: _Places = {}
+    placed: _Places = {}
     projections = {p.name: p for p in decoder.architecture.of(found.neurons.site)}
     for name in found.tensors:
         _, layer, part, kind = name.split(".")
         if part not in projections:
             raise UserError(f"'{decoder.name}' has no {part}, which '{path}' changes: give a copy of its base.")
-        linear = decoder.projection(int(layer), part)
-        if type(linear) is not nn.Linear:
-            raise UserError(f"{part} of layer {layer} is {type(linear).__name__}: give a model without adapters.")
-        tensor = getattr(linear, kind)
-        if tensor is None:
+        module = decoder.projection(int(layer), part)
+        if not computes_plainly(module):
+            raise UserError(f"{part} of layer {layer} is {type(module).__name__}: give a model without adapters.")
+        chosen = torch.tensor(found.neurons.layer(int(layer)))
+        there = places(module, projections[part], chosen, decoder.architecture.width)
+        if kind not in there:
             raise UserError(
                 f"'{decoder.name}' has no {kind} in {part}, which '{path}' changes: give a copy of its base."
             )
-        chosen = torch.tensor(found.neurons.layer(int(layer)), device=tensor.device)
-        index, _ = projections[part].place(chosen, decoder.architecture.width)
-        places[name] = tensor.data, 0 if kind == "bias" or projections[part].inward else 1, index
-    now = {name: tensor.index_select(dim, index) for name, (tensor, dim, index) in places.items()}
+        placed[name] = getattr(module, there[kind][0]).data, there[kind][1]
+    now = {name: place.take(tensor) for name, (tensor, place) in placed.items()}
     same_shape = all(now[name].shape == tensor.shape for name, tensor in found.tensors.items())
     if not same_shape or fingerprint(now) != found.base_sha256:
         known = {
@@ -200,4 +207,4 @@ def _places(decoder: Model, found: SliceFile, path: str | Path) -> _Places:
             f"'{decoder.name}' is not the base of '{path}', or these neurons of it were tuned before or rounded: give "
             f"a copy of {known or 'its base'} in its own dtype."
         )
-    return places
+    return placed

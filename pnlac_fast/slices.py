@@ -20,39 +20,55 @@ from pnlac_fast.architecture import SITES
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
-from pnlac_fast.sliced_linear import SlicedLinear
+from pnlac_fast.places import Place, places
+from pnlac_fast.sliced import class_of, computes_plainly
 
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """The slice of one projection: where it is, and its parameters, which are filled when it is installed."""
+    """The slice of one projection: where it is, and its parameters, which are filled when it is installed.
+
+    Attributes
+    ----------
+    name
+        Path of the projection in the model.
+    module
+        The linear layer, or the experts.
+    places
+        By name of each of the module's tensors that it is of: the weight, and the bias where there is one.
+    weight, bias
+        The parameters.
+    """
 
     layer: int
     part: str
     name: str
-    linear: Any
-    dim: int
-    index: Tensor
+    module: Any
+    places: dict[str, Place]
     weight: nn.Parameter
     bias: nn.Parameter | None
 
     def install(self) -> None:
-        """Make the linear layer a sliced one."""
-        sliced = self.linear
-        sliced.__class__ = SlicedLinear
-        sliced.dim = self.dim
-        sliced.register_buffer("index", self.index.to(sliced.weight.device), persistent=False)
-        sliced.register_parameter("slice_weight", self.weight)
-        sliced.register_parameter("slice_bias", self.bias)
+        """Make the module a sliced one, if it is none yet, and put the parameters into it."""
+        sliced = self.module
+        if "places" not in vars(sliced):
+            sliced.places = {}
+            sliced.__class__ = class_of(sliced)
+        for (name, place), parameter in zip(self.places.items(), (self.weight, self.bias), strict=False):
+            sliced.places[name] = place
+            sliced.register_parameter(f"slice_{name}", parameter)
         sliced.read()
 
-    def restore(self) -> None:
-        """Make it plain again, with the slice written into it."""
-        sliced = self.linear
+    def restore(self, plain: type) -> None:
+        """Write the slice into the module, and make that plain again, of its own class, when it was the last one."""
+        sliced = self.module
         sliced.write()
-        for name in ("dim", "index", "slice_weight", "slice_bias"):
-            delattr(sliced, name)
-        sliced.__class__ = nn.Linear
+        for name in self.places:
+            del sliced.places[name]
+            delattr(sliced, f"slice_{name}")
+        if not sliced.places:
+            del sliced.places
+            sliced.__class__ = plain
 
 
 class Slices:
@@ -80,6 +96,7 @@ class Slices:
         self.installed = False
         self.base_sha256 = ""
         self._trained: list[nn.Parameter] = []
+        self._classes = [type(part.module) for part in self.parts]
 
     def parameters(self) -> list[nn.Parameter]:
         """What trains."""
@@ -106,8 +123,8 @@ class Slices:
     def merge(self) -> None:
         """Write them into the weights and make the model plain again, with the flags that it had."""
         if self.installed:
-            for part in self.parts:
-                part.restore()
+            for part, plain in zip(self.parts, self._classes, strict=True):
+                part.restore(plain)
             for parameter in self._trained:
                 parameter.requires_grad_(True)
             self.installed = False
@@ -124,7 +141,8 @@ def slice_neurons(model: Model | nn.Module, neurons: NeuronSet) -> Slices:
     Parameters
     ----------
     model
-        A Hugging Face decoder whose projections are ``nn.Linear``, without adapters. It is changed in place.
+        A Hugging Face decoder without adapters, whose projections are ``nn.Linear``, transformers' ``Conv1D`` or
+        experts behind its interface. It is changed in place.
     neurons
         Neurons of site ``mlp_mid`` or ``mlp_out``.
 
@@ -136,8 +154,7 @@ def slice_neurons(model: Model | nn.Module, neurons: NeuronSet) -> Slices:
     Raises
     ------
     UserError
-        The neurons are of another model or site, or their weights are frozen, shared or of another kind than
-        ``nn.Linear``.
+        The neurons are of another model or site, or their weights are frozen, shared, quantised or of another kind.
 
     Examples
     --------
@@ -164,25 +181,26 @@ def slice_neurons(model: Model | nn.Module, neurons: NeuronSet) -> Slices:
             continue
         before = len(parts)
         for projection in projections:
-            part, dim = projection.name, 0 if projection.inward else 1
-            linear = decoder.projection(layer, part)
-            if type(linear) is not nn.Linear:
+            part, module = projection.name, decoder.projection(layer, projection.name)
+            if not computes_plainly(module):
                 raise UserError(
-                    f"{part} of layer {layer} is {type(linear).__name__}, not a plain linear layer: give a model "
+                    f"{part} of layer {layer} is {type(module).__name__}, not a plain linear layer: give a model "
                     f"without adapters, quantisation or slices, or tune it with LoRA or with mode freeze."
                 )
-            if not linear.weight.requires_grad:
+            chosen = torch.tensor(neurons.layer(layer), device=next(module.parameters()).device)
+            found = places(module, projection, chosen, decoder.architecture.width)
+            weight = getattr(module, found["weight"][0])
+            if not weight.requires_grad:
                 continue
-            known = names[id(linear.weight)]
+            known = names[id(weight)]
             if len(known) > 1:
                 raise UserError(
                     f"{' and '.join(known)} are one shared parameter, of which no neuron can train alone: "
                     f"choose neurons of other layers."
                 )
-            index, _ = projection.place(torch.tensor(neurons.layer(layer)), decoder.architecture.width)
-            weight = nn.Parameter(linear.weight.new_empty(0))
-            bias = nn.Parameter(linear.bias.new_empty(0)) if dim == 0 and linear.bias is not None else None
-            parts.append(Slice(layer, part, known[0].removesuffix(".weight"), linear, dim, index, weight, bias))
+            own = [nn.Parameter(getattr(module, name).new_empty(0)) for name, _ in found.values()]
+            name = known[0].removesuffix(".weight")
+            parts.append(Slice(layer, part, name, module, dict(found.values()), own[0], [*own, None][1]))
         if len(parts) == before:
             raise UserError(
                 f"Nothing trains in the MLP of layer {layer}, which has chosen neurons: set requires_grad on "

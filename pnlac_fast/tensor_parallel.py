@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from pnlac_fast import workers
-from pnlac_fast.architecture import SITES
+from pnlac_fast.architecture import SITES, backbone
 from pnlac_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def check(model: Model) -> None:
         for site in SITES:
             stack.enter_context(model.tapped(site, lambda _, a, at=seen[site]: at.add(a.shape[-1])))  # type: ignore[misc]
         tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
-        model.hf.get_decoder()(input_ids=tokens, use_cache=False)
+        backbone(model.hf)(input_ids=tokens, use_cache=False)
     for site, widths in seen.items():
         cut = {model.local_width(site)} if site == "mlp_mid" else set()
         if len(widths) != 1 or not widths <= {model.width(site), *cut}:

@@ -354,13 +354,18 @@ def moving(model: Model, neuron: int) -> dict[str, Tensor]:
     return found
 
 
+def active(model: Model) -> int:
+    """A neuron; of a mixture, one of an expert that the text is sent to."""
+    if not model.architecture.experts:
+        return model.width("mlp_mid") - 2
+    return int(states(model, [TEXTS[0]])[0]["mlp_mid", LAYERS - 1].abs().sum(0).argmax())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_freezing_keeps_exactly_the_weights_that_a_neuron_depends_on(kind: str) -> None:
     hf = copy.deepcopy(decoder(kind)).requires_grad_(True)
     model = from_hf(hf, None, name=kind)
-    neuron = model.width("mlp_mid") - 2
-    if model.architecture.experts:  # one of an expert that the text is sent to
-        neuron = int(states(model, [TEXTS[0]])[0]["mlp_mid", LAYERS - 1].abs().sum(0).argmax())
+    neuron = active(model)
     own = moving(model, neuron)
     assert sum(int(mask.sum()) for mask in own.values()) >= 2 * HIDDEN
     prefix = f"{model.architecture.blocks}.{LAYERS - 1}."
@@ -463,9 +468,10 @@ def test_the_self_check_finds_gates_and_ups_that_alternate() -> None:
 def test_every_mlp_is_read_where_the_user_says() -> None:
     shape = MIXED | {"num_experts": 4, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 14}
     hf = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2_moe", **shape))
-    with pytest.raises(UserError, match=r"--last-projection.*mlp\.experts, mlp\.shared_expert\.down_proj"):
+    both = r"hold mlp\.experts \(32 neurons.*and mlp\.shared_expert\.down_proj \(14 neurons.*--last-projection"
+    with pytest.raises(UserError, match=both):
         from_hf(hf, None)
-    with pytest.raises(UserError, match=r"not found by its shape at 'mlp\.gate'"):
+    with pytest.raises(UserError, match=r"and no MLP at 'mlp\.gate': name the one"):
         from_hf(hf, None, last_projection="mlp.gate")
     for path, width in (("mlp.experts", 32), ("mlp.shared_expert.down_proj", 14)):
         model = from_hf(hf, None, last_projection=path)
@@ -473,13 +479,75 @@ def test_every_mlp_is_read_where_the_user_says() -> None:
         assert all(check["holds"] for check in self_check(model)["checks"].values())
 
 
-def test_blocks_that_differ_are_refused() -> None:
-    shape = MIXED | {"num_experts": 4, "moe_intermediate_size": 10, "mlp_only_layers": [1]}
-    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **shape))
-    with pytest.raises(
-        UserError, match=r"experts with 40 neurons in layer 0 and mlp\.down_proj with 24.*mlp_only_layers"
-    ):
+MIXED_BLOCKS: dict[str, tuple[dict[str, Any], str, tuple[int, ...]]] = {
+    "deepseek_v3": (
+        {"n_routed_experts": 4, "moe_intermediate_size": 10, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+        | {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+        | {"num_key_value_heads": 2, "head_dim": 8},
+        "mlp.experts",
+        (1, 2, 3),
+    ),
+    "jamba": (
+        {"num_experts": 4, "expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 2}
+        | {"mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_offset": 1},
+        "feed_forward.down_proj",
+        (0, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MIXED_BLOCKS)
+def test_of_blocks_that_differ_those_with_one_kind_of_mlp_are_read(kind: str, tmp_path: Path) -> None:
+    changes, path, read = MIXED_BLOCKS[kind]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **MIXED | {"num_hidden_layers": 4, "initializer_range": 0.3} | changes)
+    hf: Any = AutoModelForCausalLM.from_config(config).double().eval()
+    if hasattr(hf, "set_experts_implementation"):
+        hf.set_experts_implementation("eager")
+    with pytest.raises(UserError, match=r"neurons, layers? [0-9, ]+\) and .*blocks without it are left out"):
         architecture(hf)
+    model = from_hf(hf, None, last_projection=path)
+    report = self_check(model)
+    assert all(check["holds"] for check in report["checks"].values())
+    assert (report["read"], report["layers"]) == (list(read), len(read))
+    (found,) = states(model, [TEXTS[0]])
+    streams = inputs_of(from_hf(hf, None, last_projection=path), "", TEXTS[0])
+    every: list[Tensor] = []
+    for block in hf.get_submodule(model.architecture.blocks):
+        block.register_forward_hook(lambda _, __, out: every.append(out[0] if isinstance(out, tuple) else out))
+    with torch.no_grad():
+        hf(input_ids=torch.tensor([TEXTS[0]]))
+    for layer, number in enumerate(read):
+        assert torch.allclose(found["resid", layer], every[number][0], rtol=1e-9)
+        assert streams[layer].shape == found["resid", layer].shape
+    # what has been named is known to callbacks, copies and saved models
+    hf.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert architecture(saved, from_hf(saved, None).weights.last_projection) == model.architecture
+    inhibit = InhibitFT(NeuronSet("s", "general", np.ones((len(read), model.width("mlp_mid")), bool)))
+    inhibit.prepare(hf.requires_grad_(True))
+    assert inhibit.masks is not None
+    assert set(inhibit.masks.covered.values()) == {len(read)}
+    names = {name for mask in inhibit.masks.entries for name in [mask.name]}
+    assert {int(name.split("layers.")[1].split(".")[0]) for name in names} == set(read)
+
+
+def test_blocks_of_several_widths_are_refused() -> None:
+    hf = copy.deepcopy(decoder("llama"))
+    wide = decoder("llama", intermediate_size=WIDTH + 2)
+    hf.model.layers[1] = copy.deepcopy(wide.model.layers[1])
+    for path in (None, "mlp.down_proj"):
+        with pytest.raises(UserError, match=r"24 neurons, layer 0.*26 neurons, layer 1.*blocks are alike"):
+            architecture(hf, path)
+
+
+def test_what_looks_ahead_is_refused() -> None:
+    config = AutoConfig.for_model("bert", **LIKE_LLAMA)
+    with pytest.raises(UserError, match=r"'bert'\) lets tokens look ahead.*is_decoder"):
+        from_hf(AutoModelForCausalLM.from_config(config), None)
+    config.is_decoder = True
+    model = from_hf(AutoModelForCausalLM.from_config(config), None)
+    assert [p.path for p in model.architecture.projections] == ["intermediate.dense", "output.dense"]
 
 
 def test_no_decoder_is_refused() -> None:
@@ -537,31 +605,78 @@ def opened_for_gradients(kind: str) -> Model:
     return from_hf(copy.deepcopy(decoder(kind)).requires_grad_(True), None, name=kind)
 
 
-@pytest.mark.parametrize("kind", ["phi3", "gpt_neox", "opt"])
-def test_slices_hold_what_a_neuron_depends_on(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_slices_train_what_a_neuron_depends_on(kind: str, tmp_path: Path) -> None:
     hf = opened_for_gradients(kind).hf
-    base = copy.deepcopy(hf)
-    model = from_hf(hf, None, name=kind)
-    own = moving(model, 5)
-    slices = slice_neurons(hf, some(model, LAYERS - 1, 5))
+    base, full = copy.deepcopy(hf), copy.deepcopy(hf)
+    model, ids = from_hf(hf, None, name=kind), torch.tensor([TEXTS[0]])
+    neuron = active(model)
+    own = moving(model, neuron)
+    before = hf(input_ids=ids).logits
+    slices = slice_neurons(hf, some(model, LAYERS - 1, neuron))
     assert sum(p.numel() for p in slices.parameters()) == sum(int(mask.sum()) for mask in own.values())
+    loss = hf(input_ids=ids, labels=ids)
+    assert torch.allclose(loss.logits, before, rtol=1e-9, atol=1e-9)
+    loss.loss.backward()
+    full(input_ids=ids, labels=ids).loss.backward()
+    assert [n for n, p in hf.named_parameters() if p.requires_grad != ("slice_" in n)] == []
+    for part in slices.parts:
+        wanted = dict(full.get_submodule(path_of(hf, part.module)).named_parameters(recurse=False))
+        for (name, place), mine in zip(part.places.items(), (part.weight, part.bias), strict=False):
+            theirs = place.take(wanted[name].grad)
+            assert torch.allclose(mine.grad, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max())), name
     with torch.no_grad():
         for parameter in slices.parameters():
             parameter.add_(1)
+    moved = hf(input_ids=ids).logits
     slices.merge()
+    assert torch.allclose(hf(input_ids=ids).logits, moved, rtol=1e-9, atol=1e-9)
+    assert [type(m) for m in hf.modules()] == [type(m) for m in base.modules()]
     prefix = f"{model.architecture.blocks}.{LAYERS - 1}."
     for (name, parameter), before in zip(hf.named_parameters(), base.parameters(), strict=True):
-        mine = own.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
-        assert torch.equal(parameter != before, torch.zeros_like(parameter, dtype=torch.bool) if mine is None else mine)
+        mask = own.get(name.removeprefix(prefix)) if name.startswith(prefix) else None
+        assert torch.equal(parameter != before, torch.zeros_like(parameter, dtype=torch.bool) if mask is None else mask)
     save_slices(slices, tmp_path / "s")
     merge_slices(base, tmp_path / "s")
     assert all(torch.equal(a, b) for a, b in zip(base.parameters(), hf.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
-def test_slices_need_linear_layers(kind: str) -> None:
-    model = opened_for_gradients(kind)
-    with pytest.raises(UserError, match="or with mode freeze"):
+def path_of(hf: Any, module: Any) -> str:
+    return next(name for name, one in hf.named_modules() if one is module)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral", "gpt_oss"])
+def test_the_output_of_an_mlp_is_sliced(kind: str, tmp_path: Path) -> None:
+    hf = opened_for_gradients(kind).hf
+    base, ids = copy.deepcopy(hf), torch.tensor([TEXTS[0]])
+    member = np.zeros((LAYERS, HIDDEN), bool)
+    member[1, [2, 7]] = True
+    slices = slice_neurons(hf, NeuronSet("some", "general", member, site="mlp_out"))
+    hf(input_ids=ids, labels=ids).loss.backward()
+    full: Any = copy.deepcopy(base)
+    full(input_ids=ids, labels=ids).loss.backward()
+    for part in slices.parts:
+        wanted = dict(full.get_submodule(path_of(hf, part.module)).named_parameters(recurse=False))
+        for (name, place), mine in zip(part.places.items(), (part.weight, part.bias), strict=False):
+            assert torch.allclose(mine.grad, place.take(wanted[name].grad), rtol=1e-6, atol=1e-9)
+            assert mine.grad.any()
+    with torch.no_grad():
+        for parameter in slices.parameters():
+            parameter.add_(1)
+    slices.merge()
+    pairs = zip(hf.named_parameters(), base.parameters(), strict=True)
+    changed = {name for (name, p), old in pairs if (p != old).any()}
+    assert changed == {n for n, _ in hf.named_parameters() if "h.1.mlp.c_proj" in n or "1.mlp.experts.down_proj" in n}
+    save_slices(slices, tmp_path / "s")
+    merge_slices(base, tmp_path / "s")
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), hf.parameters(), strict=True))
+
+
+def test_slices_need_weights_that_are_plain() -> None:
+    model = opened_for_gradients("llama")
+    down = model.hf.model.layers[1].mlp.down_proj
+    down.__class__ = type("Doubled", (torch.nn.Linear,), {"forward": lambda s, x: 2 * torch.nn.Linear.forward(s, x)})
+    with pytest.raises(UserError, match=r"down_proj of layer 1 is Doubled.*or with mode freeze"):
         slice_neurons(model.hf, some(model, LAYERS - 1, 5))
 
 

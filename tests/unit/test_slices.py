@@ -18,7 +18,7 @@ from pnlac_fast.adapters import Weights
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
-from pnlac_fast.sliced_linear import SlicedLinear
+from pnlac_fast.sliced import SlicedLinear
 from pnlac_fast.slices import Slices, slice_neurons
 
 LAYERS, WIDTH, HIDDEN = 3, 23, 18
