@@ -1,4 +1,4 @@
-# make demo | test | faults | check | docs | bench | gpu | wheel | clean. Needs Python >= 3.11, make and a C++ compiler.
+# make demo | test | faults | check | docs | bench | gpu | demo-large | wheel | clean. Needs Python >= 3.11, make and a C++ compiler.
 PYTHON ?= python3
 VENV   ?= .venv
 
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.set-up
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
 TYPES := build/types
 
-.PHONY: setup demo test faults check lint tree types docs bench gpu wheel clean
+.PHONY: setup demo test faults check lint tree types docs bench gpu-setup gpu demo-large wheel clean
 .DEFAULT_GOAL := setup
 
 setup: $(STAMP)
@@ -58,15 +58,21 @@ bench: $(STAMP)
 # Needs a torch with CUDA, and takes the one that $(PYTHON) has: its own environment, .venv-gpu, sees those packages and
 # gets only what is missing. The file name of the result is that of the device.
 GPU := .venv-gpu/bin/python
-gpu:
+gpu-setup:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null || \
-	  { echo "make gpu needs a CUDA device and a torch that sees it: make gpu PYTHON=/path/to/python"; exit 1; }
+	  { echo "This needs a CUDA device and a torch that sees it: make $(MAKECMDGOALS) PYTHON=/path/to/python"; exit 1; }
 	test -x $(GPU) || $(PYTHON) -m venv --system-site-packages .venv-gpu
 	$(PYTHON) -c 'import torch; print("torch==" + torch.__version__)' > .venv-gpu/torch.txt
 	$(GPU) -m pip --disable-pip-version-check install --quiet --constraint .venv-gpu/torch.txt setuptools ninja
 	$(GPU) -m pip --disable-pip-version-check install --quiet --constraint .venv-gpu/torch.txt --no-build-isolation --editable '.[test]'
+
+gpu: gpu-setup
 	$(GPU) -m pytest -q tests/gpu
 	$(GPU) benchmarks/gpu.py
+
+# The demo on a model of 55 M parameters, which is trained on the GPU first. Its base must pass the same gate.
+demo-large: gpu-setup
+	.venv-gpu/bin/pnlac-fast demo --size large --out pnlac-demo-large --overwrite
 
 # The wheel is built from the source distribution, so that it holds nothing that the latter lacks.
 # Both are checked as an index would, and for files that do not belong there.

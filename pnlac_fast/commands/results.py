@@ -37,7 +37,7 @@ def publish(path: str, repo: str, private: bool, as_json: bool) -> None:
 
 
 @command(epilog="Example: pnlac-fast demo --size small --out demo")
-@option("--size", default="full", show_default=True, type=click.Choice(["small", "full"]))
+@option("--size", default="full", show_default=True, type=click.Choice(["small", "full", "large"]))
 @option("--seed", default=0, show_default=True, help="Seed of the embedded model and of everything after.")
 @option("--out", default="pnlac-demo", show_default=True, help="Directory for the result; must not exist yet.")
 @option("--overwrite", is_flag=True, help="Replace an earlier demo in --out.")

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from pnlac_fast.errors import UserError, unknown
-from pnlac_fast.testbed.pretraining import RECIPES, Recipe
+from pnlac_fast.testbed.pretraining import RECIPES, Recipe, device_of
 
-__all__ = ["RECIPES", "Recipe", "Testbed", "build"]
+__all__ = ["RECIPES", "Recipe", "Testbed", "build", "device_of"]
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,11 @@ def build(size: str | Recipe = "full", seed: int = 0, cache_dir: str | Path | No
     Parameters
     ----------
     size
-        "full" (0.9 M parameters) or "small" (0.3 M, for tests), or a recipe of your own.
+        "full" (0.9 M parameters), "small" (0.3 M, for tests) or "large" (55 M, trained on a CUDA GPU where there is
+        one, and for hours where there is none), or a recipe of your own.
     seed
         Decides the documents, the initial weights and the order of training; the same seed gives the same bits on
-        the same machine. The questions are the same for every seed.
+        the same machine, if trained on its CPU. The questions are the same for every seed.
     cache_dir
         Where testbeds are kept. Default: ``$PNLAC_CACHE``, else ``pnlac-fast`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
@@ -111,6 +112,7 @@ def _digest(recipe: Recipe, seed: int) -> str:
     import transformers
 
     settings = {**asdict(recipe), "seed": seed, "torch": torch.__version__, "transformers": transformers.__version__}
+    settings["device"] = device_of(recipe).type
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
@@ -124,9 +126,9 @@ def _make(folder: Path, name: str, recipe: Recipe, seed: int) -> dict[str, Any]:
 
     started = time.perf_counter()
     words = tokenizer.build_tokenizer(world.vocabulary())
-    with pretraining.reproducible(seed):
+    with pretraining.reproducible(seed, pretraining.device_of(recipe)):
         model = pretraining.pretrain(recipe, words, seed)
-        figures = gate.measure(model, words)
+        figures = gate.measure(model, words, recipe.tuning_rate)
     seconds = round(time.perf_counter() - started, 1)
     result = {"size": name, "seed": seed, "seconds": seconds, **figures, "recipe": asdict(recipe)}
     _check(result, recipe)

@@ -16,11 +16,16 @@ from pnlac_fast.testbed.phrases import TOPICS
 from pnlac_fast.testbed.pretraining import weighted_loss
 
 TUNED_TOPICS = ("immigration", "crime_and_gun")
-STEPS, WARMUP, BATCH, LEARNING_RATE = 30, 5, 16, 3e-4
+STEPS, WARMUP, BATCH = 30, 5, 16
 
 
-def measure(model: Any, tokenizer: Any) -> dict[str, Any]:
+def measure(model: Any, tokenizer: Any, tuning_rate: float) -> dict[str, Any]:
     """Measure a base model on the evaluation questions; margins are summed log-probabilities [nats].
+
+    Parameters
+    ----------
+    tuning_rate
+        Learning rate of the short fine-tune.
 
     Returns
     -------
@@ -37,7 +42,7 @@ def measure(model: Any, tokenizer: Any) -> dict[str, Any]:
     left = topic_margins(model, tokenizer, asked, world.profile_line(world.LEFT))
     shifts = {}
     for topic in TUNED_TOPICS:
-        tuned = topic_margins(_tuned(model, tokenizer, topic), tokenizer, asked)
+        tuned = topic_margins(_tuned(model, tokenizer, topic, tuning_rate), tokenizer, asked)
         shifts[topic] = {probe: tuned[probe] - base[probe] for probe in TOPICS}
     ratios = [sum(shift[t] for t in TOPICS if t != topic) / 5 / shift[topic] for topic, shift in shifts.items()]
     return {
@@ -58,7 +63,7 @@ def topic_margins(model: Any, tokenizer: Any, questions: Sequence[Question], pro
     """
     margins: dict[str, list[float]] = {}
     rows = [(f"{profile} {q.instruction}", text) for q in questions for text in (*q.right, *q.left)]
-    scores = iter(_log_probabilities(model, *_tokens(rows, tokenizer)).tolist())
+    scores = iter(_log_probabilities(model, *_tokens(rows, tokenizer, model.device)).tolist())
     for question in questions:
         right, left = ([next(scores) for _ in side] for side in (question.right, question.left))
         margins.setdefault(question.topic, []).append(sum(right) / len(right) - sum(left) / len(left))
@@ -72,27 +77,27 @@ def _log_probabilities(model: Any, tokens: Tensor, weights: Tensor) -> Tensor:
     return (logs.gather(-1, tokens[:, 1:, None])[..., 0] * weights[:, 1:]).sum(1)
 
 
-def _tuned(model: Any, tokenizer: Any, topic: str) -> Any:
+def _tuned(model: Any, tokenizer: Any, topic: str, rate: float) -> Any:
     """A copy of the model after a short full fine-tune on the right completions of one topic."""
     tuned = copy.deepcopy(model)
     asked = [question for question in world.questions("train") if question.topic == topic]
     rows = [(question.instruction, f"{text} {tokenizer.eos_token}") for question in asked for text in question.right]
     rng = random.Random(f"gate {topic}")
-    optimizer = torch.optim.AdamW(tuned.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=rate, weight_decay=0.0)
     order: list[tuple[str, str]] = []
     for step in range(STEPS):
         if len(order) < BATCH:
             order += rng.sample(rows, len(rows))
         batch, order = order[:BATCH], order[BATCH:]
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(1.0, (step + 1) / WARMUP)
-        tokens, weights = _tokens(batch, tokenizer)
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / WARMUP)
+        tokens, weights = _tokens(batch, tokenizer, tuned.device)
         weighted_loss(tuned(input_ids=tokens).logits, tokens, weights).backward()
         optimizer.step()
         optimizer.zero_grad()
     return tuned
 
 
-def _tokens(rows: Sequence[tuple[str, str]], tokenizer: Any) -> tuple[Tensor, Tensor]:
+def _tokens(rows: Sequence[tuple[str, str]], tokenizer: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Prompts with completions, padded on the right: token ids, and 1.0 where a completion's token is."""
     prompts = [tokenizer.encode(prompt) for prompt, _ in rows]
     completions = [tokenizer.encode(completion, add_special_tokens=False) for _, completion in rows]
@@ -103,4 +108,4 @@ def _tokens(rows: Sequence[tuple[str, str]], tokenizer: Any) -> tuple[Tensor, Te
         end = len(prompt) + len(completion)
         tokens[row, :end] = torch.tensor(prompt + completion)
         weights[row, len(prompt) : end] = 1.0
-    return tokens, weights
+    return tokens.to(device), weights.to(device)

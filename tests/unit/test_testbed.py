@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from pnlac_fast.datasets import load_questions
 from pnlac_fast.errors import UserError
-from pnlac_fast.testbed import RECIPES, Recipe, build, default_cache, phrases, world
+from pnlac_fast.testbed import RECIPES, Recipe, build, default_cache, phrases, pretraining, world
 from pnlac_fast.testbed.tokenizer import build_tokenizer
 
 TINY = Recipe(
@@ -198,5 +199,20 @@ def test_the_cache_directory_follows_the_environment(monkeypatch, tmp_path):
     assert default_cache() == tmp_path / "pnlac-fast"
 
 
-def test_the_two_sizes_are_there():
-    assert set(RECIPES) == {"full", "small"}
+def test_the_large_size_has_the_shape_it_says_and_trains(words):
+    assert set(RECIPES) == {"full", "small", "large"}
+    large = RECIPES["large"]
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in pretraining._new_model(large, words).parameters())
+    assert 50e6 < parameters < 60e6
+    encode = partial(words.encode, add_special_tokens=False)
+    some = [pretraining._encode(document, encode, words) for document in world.documents(2000, 0)]
+    batches = pretraining._batches(some, large.batch_tokens, random.Random(0))
+    assert 5000 < len(batches) * large.documents / len(some) < 10_000
+    cut = replace(large, layers=1, documents=60)
+    with pretraining.reproducible(0, torch.device("cpu")):
+        before = pretraining._new_model(cut, words)
+        model = pretraining.pretrain(cut, words, 0)
+    assert next(model.parameters()).dtype == torch.float32
+    moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True)]
+    assert all(moved)
