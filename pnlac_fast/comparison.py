@@ -12,10 +12,8 @@ import xarray as xr
 
 from pnlac_fast.errors import UserError
 from pnlac_fast.loading import FINETUNE_FILE
-from pnlac_fast.reporting.rows import MethodRow
+from pnlac_fast.reporting.rows import COST, MethodRow
 from pnlac_fast.trajectory import TRAJECTORY_FILE, load_trajectory
-
-COST = ("seconds", "seconds_per_step", "process_bytes", "device_bytes")  # see pnlac_fast.cost
 
 
 def as_run(trajectory: xr.Dataset, record: Mapping[str, Any]) -> xr.Dataset:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from pnlac_fast.localize import locate
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet, random_like
 from pnlac_fast.patching import patch
+from pnlac_fast.processes import pool
 from pnlac_fast.reporting import report
 from pnlac_fast.reporting.rows import MethodRow
 from pnlac_fast.reporting.tables import method_rows, patch_rows, shift_rows
@@ -101,7 +100,6 @@ def demo(
     started = time.monotonic()
     out = _empty(Path(out), overwrite)
     jobs = jobs or min(4, os.cpu_count() or 1)
-    spawn = multiprocessing.get_context("spawn")
     bed = testbed.build(size, seed)
     train, held_out = load_questions(bed.train), load_questions(bed.eval)
     topics = list(dict.fromkeys(q.topic for q in held_out))
@@ -109,12 +107,12 @@ def demo(
     total = len(topics) + len(chosen) * (len(FREEZE) + len(SPECIFIC_TOP)) * (1 + DRAWS[size])
     with (
         _one_thread(),
-        ProcessPoolExecutor(jobs, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        pool(jobs, torch.set_num_threads, (1,)) as shared,
         tqdm(total=total, desc="fine-tunes", unit="run", disable=None) as bar,
     ):
 
         def run(planned: Sequence[Job]) -> Iterator[xr.Dataset]:
-            for row in pool.map(tune, planned):
+            for row in shared(tune, planned):
                 bar.update()
                 yield row
 

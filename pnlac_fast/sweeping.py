@@ -6,11 +6,9 @@ import hashlib
 import inspect
 import itertools
 import json
-import multiprocessing
 import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from pnlac_fast.interventions import choose_sets
 from pnlac_fast.loading import FINETUNE_FILE, load_model
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NEURONS_FILE
+from pnlac_fast.processes import pool
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
 from pnlac_fast.reporting.rows import to_csv
 from pnlac_fast.training import finetune
@@ -173,11 +172,11 @@ def _run_all(
             _run(base, data, probe, template, out, run)
             yield run
         return
-    spawn, threads = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) // jobs)
+    threads = max(1, (os.cpu_count() or 1) // jobs)
     load = {"revision": base.origin.get("revision"), "dtype": base.origin.get("dtype"), "device": str(base.device)}
     worker = (str(base.origin["source"]), {**load, "name": base.name}, data, probe, template, out, threads)
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_begin, initargs=worker) as pool:
-        yield from pool.map(_continue, todo)
+    with pool(jobs, _begin, worker) as shared:
+        yield from shared(_continue, todo)
 
 
 _worker: list[Any] = []  # what a process of a sweep has loaded

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from pnlac_fast.comparison import COST
 from pnlac_fast.reporting import style, tables, wording
 from pnlac_fast.reporting.contents import Contents
+from pnlac_fast.reporting.rows import COST
 from pnlac_fast.reporting.runs import per_run
 from pnlac_fast.reporting.sections import Section, Table
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
+COST = ("seconds", "seconds_per_step", "process_bytes", "device_bytes")  # of a fine-tune, see pnlac_fast.cost
+
 
 class Estimate(NamedTuple):
     """A value with its 95 % interval; NaN where it could not be computed."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import pickle
+import signal
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,14 @@ import pytest
 import torch
 import xarray as xr
 
-from pnlac_fast import sweeping
-from pnlac_fast.comparison import COST, compare
+from pnlac_fast import processes, sweeping
+from pnlac_fast.comparison import compare
 from pnlac_fast.datasets import Question
 from pnlac_fast.errors import Interrupted, UserError
 from pnlac_fast.loading import load_model
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet, save_sets
+from pnlac_fast.reporting.rows import COST
 from pnlac_fast.sweeping import plan_runs, sweep
 
 COMMON: dict[str, Any] = {"side": "right", "method": "full", "steps": 2, "learning_rate": 3e-3, "batch_size": 4}
@@ -198,14 +201,17 @@ class InProcess:
     def __exit__(self, *_: Any) -> None:
         pass
 
-    def map(self, function: Any, runs: Any) -> Iterator[Any]:
-        return (pickle.loads(pickle.dumps(function(run))) for run in runs)
+    def submit(self, function: Any, run: Any) -> Future[Any]:
+        done: Future[Any] = Future()
+        done.set_result(pickle.loads(pickle.dumps(function(run))))
+        return done
 
 
 def test_processes_give_the_same(
     base: Model, questions: Any, probe: Any, neurons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweeping, "ProcessPoolExecutor", InProcess)
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", InProcess)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sweeping, "_worker", [])
     one, two = (sweep(base, questions, tmp_path / str(j), plan_of(neurons), probe=probe, jobs=j) for j in (1, 2))
     assert sweeping._worker[0] is not base
