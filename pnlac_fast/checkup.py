@@ -129,7 +129,7 @@ def self_check(model: Model) -> dict[str, Any]:
         "layers": len(model.blocks),
         "blocks": found.blocks,
         **({} if len(found.read) == len(model.hf.get_submodule(found.blocks)) else {"read": list(found.read)}),
-        "mlp": [projection.path for projection in found.projections],
+        "mlp": [f"{part.path}.{part.name}" if found.experts else part.path for part in found.projections],
         "experts": found.experts,
         "widths": {site: model.width(site) for site in SITES},
         "shortcuts": [name for name in SHORTCUTS if name not in barred],
@@ -147,7 +147,13 @@ def certify(report: Mapping[str, Any], name: str) -> None:
     UserError
         It names the checks.
     """
-    if failed := [check for check, found in report["checks"].items() if not found["holds"]]:
+    failed = [check for check, found in report["checks"].items() if not found["holds"]]
+    if failed == ["padding"]:
+        raise UserError(
+            f"'{name}' says something else where its texts are padded on the left: set padding_side to right in its "
+            f"tokenizer, and judge it by log-probabilities rather than by answers that are generated in batches."
+        )
+    if failed:
         raise UserError(
             f"'{name}' does not pass its self-check ({', '.join(failed)}): try --dtype float32; if that does not help, "
             f"its figures would be wrong."

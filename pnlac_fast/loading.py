@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from pnlac_fast.adapters import Weights, attach, quiet, sharing
 from pnlac_fast.checkup import dry_run
@@ -77,7 +78,11 @@ def load_model(
     if dtype not in ("auto", "float32", "bfloat16", "float16", "float64"):
         raise unknown("dtype", dtype, ("auto", "float32", "bfloat16", "float16", "float64"))
     if (Path(source) / "adapter_config.json").is_file():
-        raise UserError(f"'{source}' is an adapter: give its base model as --model and the adapter as --tuned.")
+        base = json.loads((Path(source) / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        raise UserError(
+            f"'{source}' is an adapter: give its base model{f' ({base})' if base else ''} as --model and the adapter "
+            f"as --tuned."
+        )
     if tp and (device != "auto" or device_map is not None):
         raise UserError("A tensor-parallel model is placed by transformers: leave --device out, and --device-map.")
     if device_map is not None and device != "auto":
@@ -97,6 +102,8 @@ def load_model(
             hf: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=dtype, use_safetensors=True, **options, **where
             )
+    except SafetensorError as error:
+        raise UserError(f"The weights of '{source}' are damaged ({first_line(error)}): copy them anew.") from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"Cannot load the model '{source}': {first_line(error)}") from error
     if not where:
@@ -311,6 +318,10 @@ def resolve_device(name: str) -> torch.device:
 def _load_tokenizer(source: str, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
+    if Path(source).is_dir() and not any(file for like in ("*token*", "vocab*") for file in Path(source).glob(like)):
+        raise UserError(
+            f"'{source}' has no tokenizer: copy tokenizer.json and tokenizer_config.json of its base there."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError) as error:

@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PrefixTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import Tensor
 
 from pnlac_fast.adapters import quiet
@@ -28,6 +37,9 @@ KINDS = {
     "one layer": LoraConfig(**LORA, layers_to_transform=[1]),
     "ia3": IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "loha": LoHaConfig(**LORA),
+    "lokr": LoKrConfig(**LORA),
+    "oft": OFTConfig(r=0, oft_block_size=4, target_modules=["q_proj", "down_proj"]),
+    "vera": VeraConfig(r=3, target_modules=["q_proj"]),
     "biases": LoraConfig(**LORA, bias="all"),
     "saved head": LoraConfig(**LORA, modules_to_save=["lm_head"]),
     "saved projection": LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["down_proj"]),

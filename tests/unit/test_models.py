@@ -118,7 +118,7 @@ def test_bad_models_are_refused(model_paths, adapter_paths, tmp_path: Path) -> N
         load_model(tmp_path)
     with pytest.raises(UserError, match="Did you mean 'float32'"):
         load_model(model_paths["llama"], dtype="float23")
-    with pytest.raises(UserError, match="is an adapter"):
+    with pytest.raises(UserError, match=r"is an adapter: give its base model \(.*llama\) as --model"):
         load_model(adapter_paths["race"])
     base = load_model(model_paths["llama"])
     with pytest.raises(UserError, match="no site"):
@@ -138,6 +138,18 @@ def test_model_without_mlps_is_refused(tmp_path: Path) -> None:
     MambaForCausalLM(MambaConfig(num_hidden_layers=1, hidden_size=8, vocab_size=16)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"MLP of model type 'mamba' is not found.*--last-projection"):
         load_model(tmp_path)
+
+
+def test_a_directory_without_tokenizer_and_damaged_weights_are_told(model_paths, tmp_path: Path) -> None:
+    shutil.copytree(model_paths["llama"], tmp_path / "m")
+    for file in (tmp_path / "m").glob("*token*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer: copy tokenizer\.json"):
+        load_model(tmp_path / "m")
+    weights = tmp_path / "m/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"weights of .* are damaged .*copy them anew"):
+        load_model(tmp_path / "m")
 
 
 def test_pickled_weights_are_never_read(model_paths, tmp_path: Path) -> None:
