@@ -29,6 +29,7 @@ _VERBS = {
     "utility": "side_effects",
     "report": "reporting",
     "publish": "publishing",
+    "study": "studying",
     "demo": "demonstration",
     "env": "environment",
     "bench": "benchmarking.suite",

@@ -50,6 +50,7 @@ for _command in (
     answers.utility,
     results.report,
     results.publish,
+    results.study,
     results.demo,
     machine.env,
     machine.bench,

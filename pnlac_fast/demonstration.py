@@ -3,60 +3,28 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import xarray as xr
-from tqdm import tqdm
 
 from pnlac_fast import store as stores
 from pnlac_fast import testbed
-from pnlac_fast.caching import cache
-from pnlac_fast.comparison import as_run, join
-from pnlac_fast.datasets import load_questions
+from pnlac_fast.datasets import by_topic
 from pnlac_fast.errors import UserError
-from pnlac_fast.loading import load_model, load_tuned
-from pnlac_fast.localize import locate
-from pnlac_fast.models import Model
-from pnlac_fast.neurons import NeuronSet, random_like
-from pnlac_fast.patching import patch
-from pnlac_fast.processes import pool
-from pnlac_fast.reporting import report
 from pnlac_fast.reporting.rows import MethodRow
+from pnlac_fast.reporting.style import controlled, is_control
 from pnlac_fast.reporting.tables import method_rows, patch_rows, shift_rows
-from pnlac_fast.scoring import score
-from pnlac_fast.top_sets import find
-from pnlac_fast.training import finetune
+from pnlac_fast.study_plan import embedded_plan, read_plan
+from pnlac_fast.study_subject import STAGES_FILE, testbed_plan, testbed_subject
+from pnlac_fast.studying import BOOTS, study_one
+from pnlac_fast.workplace import write_json
 
-SIDE = "right"
-STEPS = 30
-# Few weights need more and larger steps to move as far; the comparison at equal on-topic shift takes that out.
-STEPS_SPECIFIC, RATE_SPECIFIC = 80, {"small": 4e-3, "full": 4e-3, "large": 1e-3}
-PATCH_TOP = 0.30  # gives general sets of about 5 % of all neurons at the last prompt token
-FREEZE = (0.01, 0.05, 0.30)
-SPECIFIC_TOP = (0.05, 0.10)
-TUNED_FOR_INHIBITION = {"small": 1, "full": 2, "large": 2}  # how many of the six topics; each costs twenty fine-tunes
-DRAWS = {"small": 2, "full": 3, "large": 3}
-BOOTS = 2000
-
-
-@dataclass(frozen=True)
-class Job:
-    """One fine-tune of the demo, plain where there are no neurons."""
-
-    bed: testbed.Testbed
-    topic: str
-    neurons: NeuronSet | None = None
-    mode: str | None = None
-    out: Path | None = None
+TUNED_FOR_INHIBITION = {"small": 1}  # how many of the six topics, else two; each costs twenty fine-tunes
 
 
 def demo(
@@ -77,7 +45,8 @@ def demo(
     seed
         Seed of the base model, of the fine-tunes and of the random controls.
     out
-        Directory for tuned models, ``store.zarr``, ``neurons.json`` and ``report/index.html``.
+        Directory as that of one seed of :func:`pnlac_fast.study`: ``report/index.html``, ``after/index.html``,
+        ``store.zarr``, ``neurons/``, and the tuned models in ``runs/``.
     overwrite
         Replace an earlier demo in ``out``.
     jobs
@@ -99,40 +68,17 @@ def demo(
     """
     started = time.monotonic()
     out = _empty(Path(out), overwrite)
-    jobs = jobs or min(4, os.cpu_count() or 1)
     bed = testbed.build(size, seed)
-    train, held_out = load_questions(bed.train), load_questions(bed.eval)
-    topics = list(dict.fromkeys(q.topic for q in held_out))
-    chosen = [topics[(seed + i) % len(topics)] for i in range(TUNED_FOR_INHIBITION[size])]
-    total = len(topics) + len(chosen) * (len(FREEZE) + len(SPECIFIC_TOP)) * (1 + DRAWS[size])
-    with (
-        _one_thread(),
-        pool(jobs, torch.set_num_threads, (1,)) as shared,
-        tqdm(total=total, desc="fine-tunes", unit="run", disable=None) as bar,
-    ):
-
-        def run(planned: Sequence[Job]) -> Iterator[xr.Dataset]:
-            for row in shared(tune, planned):
-                bar.update()
-                yield row
-
-        runs = list(run([Job(bed, topic, out=out / "tuned" / topic) for topic in topics]))
-        base = load_model(bed.model, name="testbed", dtype="float32", device=_device(bed))
-        tuned = {topic: load_tuned(base, out / "tuned" / topic) for topic in topics}
-        store = out / "store.zarr"
-        cache(base, tuned, train, store, tokens=("last", "prompt"), progress=False)
-        contrast = stores.open_contrast(store)
-        inhibited = run([job for topic in chosen for job in _inhibited(bed, contrast, topic, base, seed)])
-
-        locate(store, top=PATCH_TOP, tokens="last", out=out / "neurons.json")
-        both = ("tuned_into_base", "base_into_tuned")
-        options: dict[str, Any] = {"store": store, "draws": DRAWS[size], "seed": seed, "normalise": "sum"}
-        patching = patch(base, tuned, out / "neurons.json", held_out, directions=both, **options)
-        asked: dict[str, Any] = {"training_data": train, "max_new_tokens": 24, "normalise": "sum", "store": store}
-        stance = score(base, tuned, held_out, scorer=["logprob", "classifier"], **asked)["stance"]
-        training = join([*runs, *inhibited])
-    stores.write_result(store, "training", training)
-    page = report(store, out / "report", title=f"pnlac-fast demo, {size} testbed, seed {seed}")
+    subject = testbed_subject(bed, out, jobs=jobs)
+    topics = list(by_topic(subject.data))
+    chosen = [topics[(seed + i) % len(topics)] for i in range(TUNED_FOR_INHIBITION.get(size, 2))]
+    given = tomllib.loads(embedded_plan("demo"))
+    for name, options in given["methods"].items():
+        options |= {} if name == "plain" else {"topic": chosen}
+    with subject.threads():
+        results = study_one(subject, testbed_plan(read_plan(given, "demo"), size))
+    training, patching = results["training"], results["patching"]
+    stance = stores.open_result(out / "store.zarr", "stance")
 
     cells, _ = shift_rows(stance, BOOTS, seed)
     methods = _by_method(method_rows(training, BOOTS, seed)[0])
@@ -156,33 +102,9 @@ def demo(
             for name, by in methods.items()
             if name != "plain"
         },
-        "page": str(page),
+        "page": str(out / "report" / "index.html"),
         "seconds": round(time.monotonic() - started, 1),
     }
-
-
-def tune(job: Job) -> xr.Dataset:
-    """Run one fine-tune and return its trajectory, (run, point, question) with one run."""
-    steps, rate = STEPS, testbed.RECIPES[job.bed.size].tuning_rate
-    if job.mode == "specific":
-        steps, rate = STEPS_SPECIFIC, RATE_SPECIFIC[job.bed.size]
-    run = finetune(
-        load_model(job.bed.model, name="testbed", dtype="float32", device=_device(job.bed)),
-        load_questions(job.bed.train),
-        job.topic,
-        SIDE,
-        job.out,
-        seed=job.bed.seed,
-        probe=load_questions(job.bed.eval),
-        normalise="sum",
-        inhibit=job.neurons,
-        inhibit_mode=job.mode,
-        method="full",
-        steps=steps,
-        learning_rate=rate,
-    )
-    assert run.trajectory is not None  # probe questions were given
-    return as_run(run.trajectory, run.record)
 
 
 def tables(result: dict[str, Any]) -> list[list[dict[str, str]]]:
@@ -208,7 +130,7 @@ def tables(result: dict[str, Any]) -> list[list[dict[str, str]]]:
         ],
         [
             {
-                "InhibitFT": method.replace("_", " ") + " %",
+                "InhibitFT": _named(method),
                 "less coupling at equal steps": _percent(v["reduction_equal_steps"]),
                 "at equal shift": _percent(v["reduction_equal_shift"]),
                 "on-topic shift kept": _percent(v["retention"]),
@@ -218,20 +140,10 @@ def tables(result: dict[str, Any]) -> list[list[dict[str, str]]]:
     ]
 
 
-def _inhibited(bed: testbed.Testbed, contrast: xr.Dataset, topic: str, base: Model, seed: int) -> Iterator[Job]:
-    """Every inhibited fine-tune on one topic, each followed by its random controls."""
-    where: dict[str, Any] = {"site": "mlp_mid", "tokens": "last", "base": base.origin}
-    sets = [("freeze", find(contrast, topic, top=PATCH_TOP, general_share=share, **where).general) for share in FREEZE]
-    sets += [("specific", find(contrast, topic, top=top, **where).specific[topic]) for top in SPECIFIC_TOP]
-    for mode, neurons in sets:
-        yield Job(bed, topic, neurons, mode)
-        for draw in range(DRAWS[bed.size]):
-            yield Job(bed, topic, random_like(neurons, seed + draw, exclude=neurons.member), mode)
-
-
-def _device(bed: testbed.Testbed) -> str:
-    """Fine-tunes run where the base was trained; on the CPU the bits are the same on every machine of a kind."""
-    return testbed.device_of(testbed.RECIPES[bed.size]).type
+def _named(method: str) -> str:
+    """Such as "freeze 5 %", or "freeze random 5 %" for its control."""
+    name, *amount = controlled(method).split("_")
+    return " ".join([name, *(["random"] if is_control(method) else []), *amount, "%"])
 
 
 def _empty(out: Path, overwrite: bool) -> Path:
@@ -239,22 +151,12 @@ def _empty(out: Path, overwrite: bool) -> Path:
     if out.exists():
         if not overwrite:
             raise UserError(f"'{out}' exists already: give another --out, or --overwrite to replace it.")
-        if not out.is_dir() or (any(out.iterdir()) and not (out / "tuned").is_dir()):
+        if not out.is_dir() or (any(out.iterdir()) and not (out / STAGES_FILE).is_file()):
             raise UserError(f"'{out}' is not an earlier demo: give another --out.")
         shutil.rmtree(out)
-    (out / "tuned").mkdir(parents=True)
+    out.mkdir(parents=True)
+    write_json(out / STAGES_FILE, {})
     return out
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices this small lose by threads, and other processes use the other cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _by_method(rows: Sequence[MethodRow]) -> dict[str, dict[str, MethodRow]]:

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import xarray as xr
 from tqdm import tqdm
 
 from pnlac_fast.comparison import as_run, compare, join
-from pnlac_fast.datasets import Question, as_questions, fingerprint
+from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.hub import local
 from pnlac_fast.interventions import choose_sets
@@ -34,7 +34,7 @@ from pnlac_fast.trajectory import TRAJECTORY_FILE, load_trajectory
 from pnlac_fast.workplace import write_json
 
 SWEEP_FILE, COMPARISON_FILE = "sweep.json", "comparison.csv"
-OWN = ("set", "control", "control_store")  # what the command finetune has beside the function
+OWN = ("set", "control", "control_store", "kl_hold_out")  # what a plan has beside the function
 GIVEN = ("model", "data", "out", "probe", "template", "keep_base", "overwrite", "kl_data")
 KNOWN = (*(name for name in inspect.signature(finetune).parameters if name not in GIVEN), *OWN)
 LISTS = ("kl_topics", "rival_layers", "target_modules", "set")  # options whose values are lists themselves
@@ -65,7 +65,9 @@ def plan_runs(plan: Mapping[str, Any]) -> list[Planned]:
 
     A plan has options of ``pnlac-fast finetune``, by the names of its flags with underscores, and a table for each
     method with options of its own. Where the value of an option is a list, every value is combined with every other.
-    ``control = [false, 0, 1]`` is the method itself and two of its random controls.
+    ``control = [false, 0, 1]`` is the method itself and two of its random controls. ``kl_hold_out = 2`` gives a KL the
+    questions of all topics but the tuned one and the two that follow it in the data, the last followed by the first:
+    over all tuned topics, every topic is judged without being seen as often as any other.
 
     Raises
     ------
@@ -154,7 +156,7 @@ def sweep(
     ) as bar:
         for run in _run_all(base, questions, probes, template, out, todo, jobs):
             done[run.name] = settings[run.name]
-            write_json(out / SWEEP_FILE, done)
+            write_json(out / SWEEP_FILE, {**_recorded(out), **done})
             bar.update()
     result = join([_result(out / run.name, run) for run in runs])
     (out / COMPARISON_FILE).write_text(to_csv(compare(result)))
@@ -195,7 +197,7 @@ def _continue(run: Planned) -> Planned:
 
 def _run(base: Model, data: Any, probe: Any, template: str, out: Path, run: Planned) -> None:
     options = dict(run.options)
-    names, control, store = (options.pop(name, None) for name in OWN)
+    names, control, store, hold_out = (options.pop(name, None) for name in OWN)
     path = options.pop("inhibit", None)
     if path is None and (names or control is not None or store):
         raise UserError(f"'{run.name}' has a set or a control, but no neurons: add inhibit to the plan.")
@@ -205,10 +207,23 @@ def _run(base: Model, data: Any, probe: Any, template: str, out: Path, run: Plan
         control = None if control is None else str(control)
         topic = options["topic"]
         options["inhibit"] = choose_sets(path, modes, topic, names=chosen, control=control, store=store)
+    if hold_out is not None:
+        options["kl_topics"] = _seen(by_topic(data), options, hold_out)
     place = out / run.name
     place.parent.mkdir(parents=True, exist_ok=True)
     # What must not be done again is not among the runs to do.
     finetune(base, data, out=place, kl_data=data, probe=probe, template=template, overwrite=True, **options)
+
+
+def _seen(topics: Iterable[str], options: Mapping[str, Any], hold_out: int) -> list[str]:
+    """The topics of a KL, all but the tuned one and the ``hold_out`` that follow it."""
+    order, tuned = list(topics), options["topic"]
+    if options.get("kl_topics") is not None:
+        raise UserError("kl_topics and kl_hold_out both say which topics a KL sees: give one of them.")
+    if tuned not in order or not 0 < hold_out < len(order) - 1:
+        raise UserError(f"Of {len(order)} topics, {hold_out} besides '{tuned}' cannot be held out and others be left.")
+    first = order.index(tuned) + 1 + hold_out
+    return [order[place % len(order)] for place in range(first, first - 1 - hold_out + len(order))]
 
 
 def _result(place: Path, run: Planned) -> xr.Dataset:
@@ -227,12 +242,11 @@ def _result(place: Path, run: Planned) -> xr.Dataset:
 
 def _finished(out: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
     """What is there already with the same settings."""
-    file = out / SWEEP_FILE
-    if not file.is_file():
+    if not (out / SWEEP_FILE).is_file():
         if out.is_dir() and any(out.iterdir()) and not any(out.glob("*/*.partial")):
             raise UserError(f"'{out}' exists and holds no sweep: give another --out.")
         return {}
-    before = json.loads(file.read_text())
+    before = _recorded(out)
     done = {}
     for name, wanted in settings.items():
         if name not in before or not (out / name / FINETUNE_FILE).is_file():
@@ -247,6 +261,12 @@ def _finished(out: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[s
                 f"it again."
             )
     return done
+
+
+def _recorded(out: Path) -> dict[str, Any]:
+    """The settings of all runs that a folder has seen, those of other plans too."""
+    file = out / SWEEP_FILE
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _read(plan: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:

@@ -179,7 +179,7 @@ def method_label(method: str, share: float | None = None) -> str:
         "anchor": "anchor general",
         "kl": "KL to base",
         "mlp": "train only MLPs",
-        "rate": f"{number} of the learning rate",
+        "rate": f"{number} of the learning rate" if number else "a lower learning rate",
         "caft": "ablate directions while training (CAFT)",
         "steer": "steer while training",
         "inoculate": "inoculation prompting",

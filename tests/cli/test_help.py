@@ -33,6 +33,7 @@ VERBS = (
         "utility",
         "report",
         "publish",
+        "study",
         "demo",
         "env",
     ),
@@ -56,7 +57,7 @@ RENAMED = {
     "finetune": {"set_names": "inhibit", "control": "inhibit", "control_store": "inhibit"},
     "score": dict.fromkeys(("judge_labels", "judge_url", "judge_tokens", "judge_concurrency"), "scorer"),
 }
-PRINTED = {"score": {"measure", "dry_run", "judge_price"}}
+PRINTED = {"score": {"measure", "dry_run", "judge_price"}, "study": {"show_plan"}}
 
 
 def options(command: click.Command) -> list[click.Parameter]:
