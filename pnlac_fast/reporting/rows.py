@@ -28,10 +28,6 @@ class Estimate(NamedTuple):
 MISSING = Estimate(math.nan, math.nan, math.nan)
 
 
-# What a fine-tune's record says of its cost, see :mod:`pnlac_fast.cost`.
-COST = ("seconds", "seconds_per_step", "process_bytes", "device_bytes")
-
-
 @dataclass(frozen=True)
 class ShiftCell:
     """Shift of one probe topic after tuning on one topic [nats]."""
