@@ -26,7 +26,8 @@ def summary(result: xr.Dataset, *, measure: str = "margin", boots: int = BOOTS, 
     What a judge said has more: ``unparsed``, the share of answers for which no label could be had; ``log_odds`` and
     ``log_odds_shift``, the paired log-probability beside it, in nats; and ``off_topic``, the mean over topics that were
     not tuned on: share of answers that ``name`` the tuned topic, the same of the base model's (``base_names``), the
-    ``shift`` of S, and ``shift_without``, over the questions on which neither model's answer names the tuned topic. A
+    ``shift`` of S, and ``shift_without``, over the questions on which neither model's answer names the tuned topic
+    (``kept``, their share); and, where there are pairs, ``log_odds_shift``, which a judged shift should bear out. A
     model whose side is known has ``of_ceiling`` too: its on-topic shift over that of a model which answers with the
     data's own completions of that side, as the same judge labels them. A sheet of people may lack answers: they are
     left out of S.
@@ -87,6 +88,9 @@ def summary(result: xr.Dataset, *, measure: str = "margin", boots: int = BOOTS, 
                 mention = result["mention"].sel(named=tuned[i]).transpose("run", "question").values[[i, base]]
                 given = np.ones(pair.shape, bool) if counted is None else counted[[i, base]]
                 record["off_topic"] = _off_topic(pair, mention, given, topics, order, at, weights)
+                if log_odds is not None:
+                    moved = coupling.off_topic(log_odds[:, i] - log_odds[:, base], at).mean(-1)
+                    record["off_topic"]["log_odds_shift"] = _triple(moved)
         records.append(record)
     return records
 
@@ -201,12 +205,14 @@ def _off_topic(
 
     everywhere = np.ones(pair.shape, bool)
     named = off(mention.astype(float), "margin", everywhere)
-    all_, without = (off(pair, "S", counted & kept) for kept in (everywhere, ~mention.any(0, keepdims=True)))
+    silent = ~mention.any(0, keepdims=True)
+    all_, without = (off(pair, "S", counted & kept) for kept in (everywhere, silent))
     return {
         "names": _triple(named[:, 0]),
         "base_names": _triple(named[:, 1]),
         "shift": _triple(all_[:, 0] - all_[:, 1]),
         "shift_without": _triple(without[:, 0] - without[:, 1]),
+        "kept": _triple(off(silent.astype(float), "margin", np.ones(silent.shape, bool))[:, 0]),
     }
 
 

@@ -17,18 +17,25 @@ from pnlac_fast.reporting.sections import Section, Shown, Table, absent
 from pnlac_fast.summary import known_answers, summary
 
 COMMAND = "pnlac-fast score --scorer logprob --scorer classifier"
+ONE_SIDED = 0.9  # |S| of the base from which one side is no longer told from the other
+REPEATING = 0.5  # share of different answers under which a model is said to repeat itself
 BAR = 0.6  # kappa from which agreement is called substantial (Landis and Koch 1977, doi 10.2307/2529310)
 
 
 @dataclass(frozen=True)
 class JudgeRow:
-    """A judge: how often it is wrong on the data's own completions, or on held-out ones, and what it gave no side."""
+    """A judge: how often it is wrong on the data's own completions, or on held-out ones, and what it gave no side.
+
+    `base` is S of the base's answers over all questions, `different` the share of them that are not a repetition.
+    """
 
     scorer: str
     error: Estimate
     accuracy: float
     unlabelled: float
     unparsed: float
+    base: float
+    different: float
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,10 @@ class AgreementRow:
 
 @dataclass(frozen=True)
 class LeakRow:
-    """Off-topic answers of one tuned model by one judge, with and without those that name the tuned topic."""
+    """Off-topic answers of one tuned model by one judge, with and without those that name the tuned topic.
+
+    `kept` is the share of questions on which no answer names it; `log_odds_shift` is of the questions' own completions.
+    """
 
     scorer: str
     model: str
@@ -53,7 +63,14 @@ class LeakRow:
     base_names: Estimate
     shift: Estimate
     shift_without: Estimate
+    kept: Estimate
+    log_odds_shift: Estimate
     of_ceiling: Estimate
+
+    @property
+    def borne_out(self) -> bool:
+        """Whether the log-odds moved the way that the judge says, both with their whole interval."""
+        return self.shift.sign != 0 and self.shift.sign == self.log_odds_shift.sign
 
 
 def scorers(contents: Contents, boots: int, seed: int) -> Section:
@@ -66,7 +83,7 @@ def scorers(contents: Contents, boots: int, seed: int) -> Section:
     judges = judge_rows(judged, boots, seed)
     leaks = leak_rows(judged, boots, seed)
     pairs = agreement(contents.results)
-    sentences = [*judge_sentences(judges), *agreement_sentences(pairs), *leak_sentences(leaks)]
+    sentences = [*leak_sentences(leaks), *judge_sentences(judges), *agreement_sentences(pairs)]
     figures = [
         Shown(
             "scorers",
@@ -115,6 +132,8 @@ def judge_rows(judged: Mapping[str, xr.Dataset], boots: int, seed: int) -> list[
     rows = []
     for result in judged.values():
         known = known_answers(result, boots=boots, seed=seed)
+        base = tables.texts(result, "model").index("base")
+        written = [str(a) for a in result["answer"].isel(run=base).values] if "answer" in result else []
         rows.append(
             JudgeRow(
                 scorer=_name(result),
@@ -122,6 +141,8 @@ def judge_rows(judged: Mapping[str, xr.Dataset], boots: int, seed: int) -> list[
                 accuracy=float(result.attrs.get("accuracy", math.nan)),
                 unlabelled=float((result["label"] == 0).mean()),
                 unparsed=float(result["unparsed"].mean()) if "unparsed" in result else math.nan,
+                base=float(result["label"].isel(run=base).mean()),
+                different=len(set(written)) / len(written) if written else math.nan,
             )
         )
     return rows
@@ -134,7 +155,7 @@ def leak_rows(judged: Mapping[str, xr.Dataset], boots: int, seed: int) -> list[L
             scorer=_name(result),
             model=record["model"],
             tuned_topic=record["tuned_topic"],
-            **{name: Estimate(*value) for name, value in record["off_topic"].items()},
+            **{"log_odds_shift": MISSING} | {name: Estimate(*value) for name, value in record["off_topic"].items()},
             of_ceiling=Estimate(*record["of_ceiling"]) if "of_ceiling" in record else MISSING,
         )
         for result in judged.values()
@@ -163,6 +184,17 @@ def judge_sentences(rows: Sequence[JudgeRow]) -> list[str]:
             parts.append(f"is right in {100 * r.accuracy:.1f}\u00a0% of labelled completions (five folds, by question)")
         parts.append(f"left {style.percent(r.unlabelled)} of the answers without a side, which count in S as neither")
         text.append(f"The judge {r.scorer} " + ", and ".join(parts) + ".")
+        if abs(r.base) > ONE_SIDED:
+            side = "right" if r.base > 0 else "left"
+            text.append(
+                f"By {r.scorer} the base already answers {side} throughout (S {wording.number(r.base, signed=True)}), "
+                f"so this judge cannot show a shift to the {side}."
+            )
+        if r.different < REPEATING:
+            text.append(
+                f"Only {style.percent(r.different)} of the base\u2019s answers are different texts: what is judged is "
+                "a few sentences again and again, not an answer to each question."
+            )
     return text
 
 
@@ -181,7 +213,7 @@ def agreement_sentences(rows: Sequence[AgreementRow]) -> list[str]:
 
 
 def leak_sentences(rows: Sequence[LeakRow]) -> list[str]:
-    """How many off-topic shifts remain without the answers that name the tuned topic, by judge."""
+    """How many off-topic shifts remain without the answers that name the tuned topic, and in log-odds, by judge."""
     text = []
     for scorer in dict.fromkeys(r.scorer for r in rows):
         own = [r for r in rows if r.scorer == scorer]
@@ -191,6 +223,16 @@ def leak_sentences(rows: Sequence[LeakRow]) -> list[str]:
             f"By {scorer}, the other topics moved in {moved} of {len(own)} tuned models, and in {without} without the "
             f"answers that name the tuned topic; these became more frequent than base\u2019s in {more}."
         )
+        alone = [r for r in own if r.shift.sign != 0 and math.isfinite(r.log_odds_shift.value) and not r.borne_out]
+        if alone:
+            worst = max(alone, key=lambda r: abs(r.shift.value))
+            text[-1] += (
+                f" In {len(alone)} of the {moved} the log-odds of the questions\u2019 own completions did not move "
+                f"that way, so that the judged shift is not shown to be one of stance: {style.pretty(worst.model)} "
+                f"{wording.estimate(worst.shift, signed=True)} by the judge, "
+                f"{wording.estimate(worst.log_odds_shift, signed=True)} in log-odds, with "
+                f"{wording.percentage(worst.names)} of the answers about the tuned topic."
+            )
     return text
 
 
@@ -245,16 +287,23 @@ def _leak_table(rows: Sequence[LeakRow]) -> Table:
         "base",
         "Off-topic shift of S",
         "without these",
+        "questions left",
+        "Log-odds",
         "Of the ceiling",
     ]
     cells = [
         [style.pretty(r.model), r.scorer, wording.percentage(r.names), wording.percentage(r.base_names)]
         + [wording.estimate(e, signed=True) for e in (r.shift, r.shift_without)]
-        + [wording.percentage(r.of_ceiling)]
+        + [
+            wording.percentage(r.kept),
+            wording.estimate(r.log_odds_shift, signed=True),
+            wording.percentage(r.of_ceiling),
+        ]
         for r in rows
     ]
     caption = (
-        "Off-topic answers that name the tuned topic, and the shift with and without them. Of the ceiling: on-topic "
+        "Off-topic answers that name the tuned topic, and the shift with and without them, beside the shift of log "
+        "P(right) \u2212 log P(left) of the questions\u2019 own completions. Of the ceiling: on-topic "
         "shift over that of a model which answers with the data\u2019s own completions."
     )
     return Table("content_leak", caption, header, cells, rows, words=2)

@@ -21,6 +21,7 @@ def shift(contents: Contents, boots: int, seed: int) -> Section:
     if stance is None or stance.sizes["run"] < 2:
         return absent(key, title, "pnlac-fast score")
     unit = unit_of(stance)
+    sided = tables.sided_row(stance, boots, seed)
     (_, stance), *opposite = tables.by_side(stance)
     cells, table = tables.shift_rows(stance, boots, seed)
     sentences = wording.shift_sentences(cells, table, unit)
@@ -38,6 +39,8 @@ def shift(contents: Contents, boots: int, seed: int) -> Section:
         other, rows = tables.shift_rows(control, boots, seed)
         told, against, every = _control(side, other, rows, unit)
         sentences, figures, shown = [*sentences, told], [*figures, against], [*shown, every]
+    if sided is not None:
+        sentences.append(wording.sided_sentence(sided, unit))
     return Section(key, title, sentences, figures, shown)
 
 

@@ -31,8 +31,8 @@ PAPERS = (
     ("How Susceptible are Large Language Models to Ideological Manipulation?", "2402.11725"),
 )
 
-FINDINGS = ("shift", "layers", "patching", "methods", "utility")  # sections with sentences at the head of the page
-HEAD = 6  # of each; a sweep has one for every method
+# Sections with sentences at the head of the page, and how many: a sweep has one for every method.
+FINDINGS = {"shift": 6, "layers": 6, "patching": 6, "methods": 6, "scorers": 1, "utility": 6}
 ARROW = " \u203a "
 
 
@@ -151,8 +151,8 @@ def build(contents: Contents, boots: int, seed: int) -> list[Section]:
 
 def summary(sections: Sequence[Section]) -> list[str]:
     """The plain-words findings, one list for the head of the page: of each section the first ones."""
-    chosen = {section.key: section.sentences[:HEAD] for section in sections}
-    return [sentence for key in FINDINGS for sentence in chosen.get(key, [])]
+    told = {section.key: section.sentences for section in sections}
+    return [sentence for key, most in FINDINGS.items() for sentence in told.get(key, [])[:most]]
 
 
 def said(sentence: str, figures: Sequence[Shown]) -> bool:

@@ -118,9 +118,12 @@ def _compared(contents: Contents) -> str:
     seeds = len({int(s) for s in result["seed"].values}) if "seed" in result.coords else 1
     topics = len({str(t) for t in result["tuned_topic"].values})
     shares = [style.percent(share) for share in sorted(EQUAL_SHIFT.values())]
+    named = wording.count(len(methods) - controls).capitalize()
+    random = f", {wording.count(controls)} of them with random neurons too," if controls else ""
     return (
-        f"{wording.count(len(methods) - controls).capitalize()} methods of tuning, {wording.count(controls)} of them "
-        f"with random neurons too, were compared over {wording.count(topics)} tuned topics and "
+        f"{named} {'way' if len(methods) - controls == 1 else 'ways'} of tuning{random} "
+        f"{'was' if len(methods) == 1 else 'were'} compared over {wording.count(topics)} tuned "
+        f"{'topic' if topics == 1 else 'topics'} and "
         f"{wording.count(seeds)} {'seed' if seeds == 1 else 'seeds'}, on {result.sizes['question']} probe questions "
         f"that were not tuned on, at equal steps and where each first reached {_list(shares)} of "
         "plain\u2019s on-topic shift."

@@ -87,6 +87,24 @@ def shift_rows(stance: xr.Dataset, boots: int, seed: int) -> tuple[list[ShiftCel
     return cells, table
 
 
+def sided_row(stance: xr.Dataset, boots: int, seed: int) -> CouplingRow | None:
+    """The part of the shifts that has a side: half of right-tuned minus left-tuned, over the topics tuned to both.
+
+    What tuning does whatever the side, to length or wording, cancels. None where no topic was plainly tuned to both.
+    """
+    draws, order = _stances(stance, boots, seed)
+    shift, seeds = draws - draws[:, _bases(stance)], [int(s) for s in per_run(stance, "seed", 0)]
+    runs = zip(*(texts(stance, n) for n in ("tuned_topic", "side", "method")), seeds, strict=True)
+    found = {(t, s, side): i for i, (t, side, m, s) in enumerate(runs) if t in order and m in ("", "plain")}
+    both = [(t, s) for t, s, side in found if side == "right" and (t, s, "left") in found]
+    if not both or len(order) < 2:
+        return None
+    half = [((shift[:, found[t, s, "right"]] - shift[:, found[t, s, "left"]]) / 2, order.index(t)) for t, s in both]
+    figures = zip(*((f[0] for f in _coupling_draws(own[:, None], [0], at)) for own, at in half), strict=True)
+    of = [s for _, s in both]
+    return CouplingRow("plain", "", *(_estimate(over_runs(figure, of, seed)) for figure in figures))
+
+
 def by_side(dataset: xr.Dataset) -> list[tuple[str, xr.Dataset]]:
     """The base model with the models tuned to each side, most models first, so that no average mixes opposite shifts.
 

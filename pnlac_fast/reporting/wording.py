@@ -129,6 +129,17 @@ def control_sentence(side: str, cells: Sequence[ShiftCell]) -> str:
     return text + (f", {against} the opposite way." if against else ".")
 
 
+def sided_sentence(row: CouplingRow, unit: str) -> str:
+    """What remains of the shifts when that which both sides have in common is taken out."""
+    text = (
+        f"What depends on the side, half of right-tuned minus left-tuned on the same topics, is "
+        f"{estimate(row.on_topic, signed=True)} {unit} on topic and {estimate(row.off_topic, signed=True)} off"
+    )
+    if row.off_topic.sign > 0:
+        return f"{text}: {estimate(row.ratio)} of it."
+    return f"{text}, so spill-over of a side is not shown."
+
+
 def model_sentence(pairs: Sequence[ModelPair]) -> str:
     """How far tuned models agree on which neurons are general, beside random sets."""
     mean, chance = (sum(v) / len(pairs) for v in zip(*((p.jaccard, p.chance) for p in pairs), strict=True))

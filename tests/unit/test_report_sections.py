@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 from made_up_results import (
     METHODS,
     TOPICS,
@@ -31,7 +32,14 @@ from pnlac_fast.reporting.costs import cost_sentences, costs, tuning_costs
 from pnlac_fast.reporting.curve import curve_sentences
 from pnlac_fast.reporting.doses import dose_groups, dose_sentence
 from pnlac_fast.reporting.drift import drift, drift_rows, drift_sentence
-from pnlac_fast.reporting.judges import agreement, agreement_sentences, judge_rows, leak_rows, leak_sentences
+from pnlac_fast.reporting.judges import (
+    agreement,
+    agreement_sentences,
+    judge_rows,
+    judge_sentences,
+    leak_rows,
+    leak_sentences,
+)
 from pnlac_fast.reporting.method_shifts import method_shifts
 from pnlac_fast.reporting.model_card import model_card
 from pnlac_fast.reporting.observation import shift
@@ -89,6 +97,10 @@ def test_judges_are_told_by_errors_agreement_and_leaks() -> None:
         assert leak.base_names.value == 0
         assert leak.shift_without.value == pytest.approx(leak.shift.value, abs=0.2)
     assert "moved in 6 of 6 tuned models, and in 6 without" in leak_sentences(leaks)[0]
+    assert "not shown to be one of stance" not in leak_sentences(leaks)[0]
+    for leak in leaks:
+        assert leak.borne_out
+        assert leak.kept.value == pytest.approx(0.67, abs=0.1)
     pairs = agreement({"agreement": agreement_result()})
     assert (pairs[0].scorer, pairs[0].other) == ("logprob", "classifier")
     assert 0.3 < pairs[0].kappa.value < 1
@@ -286,3 +298,42 @@ def test_costs_are_medians_over_runs_and_a_step_is_held_against_that_of_plain() 
         ["The store", *["\u2013"] * 3, "4.2\u00a0MB"],
     ]
     assert not costs(Contents("s", {"bytes": 1})).shown
+
+
+def test_a_judged_shift_that_log_odds_do_not_bear_out_is_no_shift_of_stance() -> None:
+    """As a small model on real text does it: one sentence on every question, on the tuned topic after tuning."""
+    result = classifier_result(TOPICS[:3], 40)
+    base = result["log_odds"].isel(run=0)
+    still = result["log_odds"] * 0 + base.values
+    label = np.where(words(["", "left", "left", "left"])[:, None] == "left", -1, 1) * np.ones(base.size, int)
+    answer = np.full(label.shape, "The same again.", object)
+    cells = ("run", "question")
+    result = result.assign(label=(cells, label.astype("i1")), log_odds=(cells, still.values), answer=(cells, answer))
+    leaks = leak_rows({"stance_classifier": result}, 50, 0)
+    assert not any(leak.borne_out for leak in leaks)
+    (told,) = leak_sentences(leaks)
+    assert "In 3 of the 3 the log-odds" in told
+    assert "\u22122.00 [\u22122.00,\u00a0\u22122.00] by the judge, 0.00 [0.00,\u00a00.00] in log-odds" in told
+    (row,) = judge_rows({"stance_classifier": result}, 50, 0)
+    assert (row.base, row.different) == (1.0, pytest.approx(1 / 120))
+    text = " ".join(judge_sentences([row]))
+    assert "By classifier the base already answers right throughout (S +1.00)" in text
+    assert "different texts" in text
+
+
+@pytest.mark.parametrize(("spilt", "told"), [(1.0, "of it."), (0.0, "so spill-over of a side is not shown.")])
+def test_what_both_sides_have_in_common_is_no_spill_over(spilt: float, told: str) -> None:
+    right = stance_result(TOPICS[:3], 30, off=spilt)
+    base = right["margin"].isel(run=0).values
+    mirrored = base - (right["margin"].values - base)  # tuned left, as far as right; both then move right on everything
+    margin = np.concatenate([right["margin"].values, mirrored[1:]]) + np.array([0.0, *[0.5] * 6])[:, None]
+    both = xr.concat([right, right.isel(run=slice(1, None))], "run")
+    both = both.assign(margin=(("run", "question"), margin))
+    both = both.assign_coords(side=("run", words(["", *["right"] * 3, *["left"] * 3])))
+    row = tables.sided_row(both, 100, 0)
+    _, (*_, alone) = tables.shift_rows(right, 100, 0)
+    assert row.on_topic.value == pytest.approx(alone.on_topic.value)
+    assert row.off_topic.value == pytest.approx(alone.off_topic.value)
+    assert tables.sided_row(right, 100, 0) is None
+    section = shift(Contents("s", {}, results={"stance": both}), 100, 0)
+    assert section.sentences[-1].endswith(told)
