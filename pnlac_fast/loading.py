@@ -254,6 +254,8 @@ def _with_slices(base: Model, source: str, files: list[str], name: str) -> Model
             _, layer, part, kind = key.split(".")
             paths = [p.path for p in base.architecture.projections if p.name == part]
             number = base.architecture.read[int(layer)]
+            if base.architecture.experts:
+                kind = part if kind == "weight" else f"{part}_{kind}"
             brought |= {f"{base.architecture.blocks}.{number}.{path}.{kind}" for path in paths}
     model = Model(sharing(base.weights, brought), base.tokenizer, name, {})
     overlap = "sum" if source.startswith("sum:") and len(files) > 1 else "refuse"

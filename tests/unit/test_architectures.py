@@ -28,7 +28,7 @@ from pnlac_fast.capture import accumulate
 from pnlac_fast.checkup import certify, self_check
 from pnlac_fast.errors import UserError
 from pnlac_fast.inhibition import InhibitFT
-from pnlac_fast.loading import from_hf, load_model
+from pnlac_fast.loading import from_hf, load_model, load_tuned
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.passes import SHORTCUTS, run, usable
@@ -481,7 +481,7 @@ def test_every_mlp_is_read_where_the_user_says() -> None:
 
 MIXED_BLOCKS: dict[str, tuple[dict[str, Any], str, tuple[int, ...]]] = {
     "deepseek_v3": (
-        {"n_routed_experts": 4, "moe_intermediate_size": 10, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+        {"n_routed_experts": 4, "moe_intermediate_size": 12, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
         | {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
         | {"num_key_value_heads": 2, "head_dim": 8},
         "mlp.experts",
@@ -678,6 +678,36 @@ def test_slices_need_weights_that_are_plain() -> None:
     down.__class__ = type("Doubled", (torch.nn.Linear,), {"forward": lambda s, x: 2 * torch.nn.Linear.forward(s, x)})
     with pytest.raises(UserError, match=r"down_proj of layer 1 is Doubled.*or with mode freeze"):
         slice_neurons(model.hf, some(model, LAYERS - 1, 5))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "deepseek_v3"])
+def test_slices_of_a_fine_tune_are_a_tuned_model(kind: str, model_paths, questions, tmp_path: Path) -> None:
+    path = None
+    if kind == "gpt2":
+        hf = copy.deepcopy(decoder(kind, vocab_size=64)).float()
+    else:
+        changes, path, _ = MIXED_BLOCKS[kind]
+        config = AutoConfig.for_model(kind, **MIXED | {"vocab_size": 64, "num_hidden_layers": 4} | changes)
+        hf = AutoModelForCausalLM.from_config(config)
+    hf.save_pretrained(tmp_path / "base")
+    for file in model_paths["llama"].glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "base")
+    base = load_model(tmp_path / "base", last_projection=path)
+    member = np.zeros((len(base.blocks), base.width("mlp_mid")), bool)
+    member[-1, : base.width("mlp_mid") // 2] = True
+    neurons = NeuronSet("some", "specific", member, base=base.origin)
+    before = {name: p.clone() for name, p in base.hf.named_parameters()}
+    train: dict[str, Any] = {"steps": 2, "batch_size": 2, "warmup_steps": 0, "learning_rate": 1e-2, "method": "full"}
+    made = finetune(
+        base, questions, "race", "right", out=tmp_path / "race", inhibit=neurons, inhibit_mode="specific", **train
+    ).model
+    tuned = load_tuned(base, tmp_path / "race" / "neuron_slices.safetensors")
+    moved = {name for name, p in tuned.hf.named_parameters() if not torch.equal(p, before[name])}
+    assert moved
+    assert all(f"{base.architecture.blocks}.{base.architecture.read[-1]}.mlp." in name for name in moved)
+    for (name, mine), theirs in zip(tuned.hf.named_parameters(), made.hf.parameters(), strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-6), name
+    assert all(torch.equal(p, before[name]) for name, p in base.hf.named_parameters())  # base is as it was
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "mixtral"])

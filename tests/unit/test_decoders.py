@@ -1,0 +1,32 @@
+"""Some of the model types on docs/decoders.md, tried anew: the page must say what happens."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from decoders import GROUPS, outcome
+
+PAGE = (Path(__file__).parents[2] / "docs" / "decoders.md").read_text()
+
+
+def said(kind: str) -> tuple[str, str]:
+    """Group and text of a type on the page."""
+    for group, title in GROUPS.items():
+        section = re.search(rf"^## {re.escape(title)} \(\d+\)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S)
+        assert section is not None
+        if row := re.search(rf"^\| `{kind}` \| (.*) \|$", section[1], re.M):
+            return group, row[1]
+        if re.search(rf"`{kind}`(,|$)", section[1], re.M):
+            return group, ""
+    raise AssertionError(f"{kind} is not on the page")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["smollm3", "olmo3", "ministral", "phimoe", "granitemoe", "gemma3n_text", "glm4_moe", "jamba", "xlnet", "rwkv"],
+)
+def test_the_page_says_what_happens(kind: str) -> None:
+    group, reason = outcome(kind)
+    assert said(kind) == (group, "" if group in ("whole", "left") else reason)
