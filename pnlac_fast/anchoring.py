@@ -25,6 +25,7 @@ from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.penalties import Penalty, require_whole
+from pnlac_fast.profiling import staged
 
 
 class Anchor(Penalty):
@@ -87,6 +88,7 @@ class Anchor(Penalty):
         now: dict[str, Any] = {"on": False}  # the rows of the pass that trains
 
         @torch.compiler.disable
+        @staged("anchor")
         def enter(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             now["on"] = decoder.training
             if not decoder.training:
@@ -106,6 +108,7 @@ class Anchor(Penalty):
             now["on"] = "base" in now  # blocks that are checkpointed run once more in the backward pass
 
         @torch.compiler.disable
+        @staged("anchor")
         def visit(layer: int, activation: Tensor) -> Tensor | None:
             if not now["on"]:
                 return None

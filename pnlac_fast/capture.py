@@ -16,6 +16,7 @@ from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
 from pnlac_fast.packing import Pack, packs
 from pnlac_fast.passes import run
+from pnlac_fast.profiling import staged
 from pnlac_fast.prompts import Batch, Text
 from pnlac_fast.raw import Keep, RawRow, describe, raw_rows
 
@@ -252,6 +253,7 @@ def _contrast(
     counts, all_taken = selection.counts, torch.arange(len(selection.take), device=selection.take.device)
     dense = counts is not None and "fuse" in shortcuts and "mlp_mid" in sites
 
+    @staged("contrast")
     def middle(layer: int, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         assert counts is not None
         whole = len(gate) == len(selection.place)
@@ -268,6 +270,7 @@ def _contrast(
             engine=engine,
         )
 
+    @staged("contrast")
     def visit(site: str, layer: int, activation: Tensor, taken: bool) -> None:
         activation, rows = model.part.cut(activation, model.width(site)), all_taken if taken else selection.take
         if not (dense and site == "mlp_mid"):

@@ -21,6 +21,7 @@ from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.generation import answers
 from pnlac_fast.models import Model
 from pnlac_fast.penalties import Penalty, adapter_off, decoder_of
+from pnlac_fast.profiling import staged
 from pnlac_fast.prompts import DEFAULT_TEMPLATE, encode_completion, encode_prompt
 
 ON = ("answers", "prompts")
@@ -152,6 +153,7 @@ class KLToBase(Penalty):
         """Attach the term to the last hidden state, from which every loss is computed."""
 
         @torch.compiler.disable
+        @staged("kl")
         def leave(backbone: nn.Module, args: Any, output: Any) -> Any:
             if not (backbone.training and torch.is_grad_enabled()):
                 return None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pnlac_fast.errors import UserError
 from pnlac_fast.ops import masked_adamw, masked_sgd
 from pnlac_fast.ops.masked import DTYPES
+from pnlac_fast.profiling import staged
 
 # Settings that the masked step does not know.
 UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
@@ -127,6 +128,7 @@ class MaskedStep:
         for hook in self._hooks:
             hook.remove()
 
+    @staged("masked_step")
     @torch.no_grad()
     def _before(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("closure", args[1] if len(args) > 1 else None) is not None:

@@ -14,6 +14,7 @@ from pnlac_fast.architecture import SITES, backbone
 from pnlac_fast.errors import first_line
 from pnlac_fast.models import Model
 from pnlac_fast.packing import Pack, attending, packs
+from pnlac_fast.profiling import staged
 from pnlac_fast.prompts import Batch
 
 SHORTCUTS = {
@@ -36,6 +37,7 @@ class _Stop(Exception):
     """Ends a pass once the last site is read."""
 
 
+@staged("capture")
 def run(
     model: Model,
     batch: Batch | Pack,

@@ -20,6 +20,7 @@ from pnlac_fast.architecture import backbone
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet, from_record, to_record
+from pnlac_fast.profiling import staged
 
 FORMAT, VERSION = "pnlac-patch", 1
 
@@ -94,6 +95,7 @@ def patched(
         if recording:
             seen[layer] = activation.index_select(-1, index[layer].to(activation.device))
 
+    @staged("patch")
     def write(layer: int, activation: Tensor) -> Tensor | None:
         nonlocal writes
         if recording:

@@ -60,7 +60,7 @@ def lines(code: str) -> list[list[str]]:
 
 
 def targets() -> set[str]:
-    return set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    return set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 
 
 def check_ours(words: list[str]) -> None:
