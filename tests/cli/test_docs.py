@@ -110,7 +110,7 @@ def prepare(page: Path, workplace: Path, world: Path) -> None:
 
 
 def test_the_pages_are_found_and_all_of_them_are_in_the_navigation() -> None:
-    listed = re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    listed = re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
     assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in PAGES)
     assert sum(len(blocks(page)) for page in PAGES) > 30
 
