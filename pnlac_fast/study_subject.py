@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -48,8 +49,8 @@ class Subject:
         return {**base, "data": fingerprint(self.data), "probe": fingerprint(self.probe), "template": self.template}
 
     @property
-    def done(self) -> dict[str, str]:
-        """The stages that are there, with a digest of what each was made from."""
+    def done(self) -> dict[str, dict[str, Any]]:
+        """The stages that are there: a digest of what each was made from, and the seconds that it took."""
         file = self.out / STAGES_FILE
         return json.loads(file.read_text()) if file.is_file() else {}
 
@@ -57,13 +58,14 @@ class Subject:
         """Do a stage, unless it was done with these settings."""
         said = json.dumps({**self.origin, **settings}, sort_keys=True, default=str)
         wanted = hashlib.sha256(said.encode()).hexdigest()
-        if self.done.get(stage) == wanted:
+        if self.done.get(stage, {}).get("made_from") == wanted:
             return
-        shown = None if self.progress else True
+        shown, started = None if self.progress else True, time.monotonic()
         with tqdm(total=1, desc=f"seed {self.seed}: {stage}", bar_format="{desc}: {elapsed}", disable=shown) as bar:
             make()
             bar.update()
-            write_json(self.out / STAGES_FILE, {**self.done, stage: wanted})
+        took = {"made_from": wanted, "seconds": round(time.monotonic() - started, 1)}
+        write_json(self.out / STAGES_FILE, {**self.done, stage: took})
 
     @property
     def processes(self) -> int:

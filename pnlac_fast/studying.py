@@ -254,7 +254,7 @@ def _look_after(subject: Subject, plan: StudyPlan, methods: Methods, runs: Path,
 
 def _report(subject: Subject, store: Path, name: str) -> None:
     sweep_record = (subject.out / "runs" / SWEEP_FILE).read_text()
-    made_from = {stage: digest for stage, digest in subject.done.items() if not stage.startswith("page ")}
+    made_from = {stage: one["made_from"] for stage, one in subject.done.items() if not stage.startswith("page ")}
     title = f"{subject.base.name}, seed {subject.seed}"
     make = partial(report, store, subject.out / name, title=title if name == "report" else f"{title}: what is left")
     subject.once(f"page {name}", {**made_from, "runs": sweep_record}, make)
