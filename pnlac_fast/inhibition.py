@@ -73,7 +73,7 @@ class InhibitFT(TrainerCallback):
     On the project's testbed (14 runs that had no part in choosing the settings; neurons specific in the top 10 %, 2 to
     3 % of all, as many steps as plain tuning, a rate of 4e-3) training only these coupled 85 to 96 % less where the
     on-topic shift is 80 % of plain's, and its final shift was 86 to 147 % of plain's; as many random neurons in every
-    layer coupled 53 to 88 % less (8 runs). With three times the steps the shift on held-out questions may fall again.
+    layer coupled 53 to 88 % less (12 runs). With three times the steps the shift on held-out questions may fall again.
     Freezing general neurons did not reduce coupling where all weights train.
     """
 
