@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
@@ -24,6 +25,7 @@ from pnlac_fast.study_subject import STAGES_FILE, testbed_plan, testbed_subject
 from pnlac_fast.studying import BOOTS, study_one
 from pnlac_fast.workplace import write_json
 
+UNFINISHED = "unfinished.json"  # in the output directory until all is there
 TUNED_FOR_INHIBITION = {"small": 1}  # how many of the six topics, else two; each costs twenty fine-tunes
 
 
@@ -48,7 +50,7 @@ def demo(
         Directory as that of one seed of :func:`pnlac_fast.study`: ``report/index.html``, ``after/index.html``,
         ``store.zarr``, ``neurons/``, and the tuned models in ``runs/``.
     overwrite
-        Replace an earlier demo in ``out``.
+        Replace an earlier demo in ``out``. Without it, one that was stopped goes on where it was.
     jobs
         Processes for the fine-tunes; default one per core, four at most. The result does not depend on it. A script
         that calls this with more than one needs the usual ``if __name__ == "__main__":``.
@@ -67,7 +69,7 @@ def demo(
         ``out`` exists, or the trained base does not show the phenomenon.
     """
     started = time.monotonic()
-    out = _empty(Path(out), overwrite)
+    out = _folder(Path(out), {"size": size, "seed": seed}, overwrite)
     bed = testbed.build(size, seed)
     subject = testbed_subject(bed, out, jobs=jobs)
     topics = list(by_topic(subject.data))
@@ -79,6 +81,7 @@ def demo(
         results = study_one(subject, testbed_plan(read_plan(given, "demo"), size))
     training, patching = results["training"], results["patching"]
     stance = stores.open_result(out / "store.zarr", "stance")
+    (out / UNFINISHED).unlink()
 
     cells, _ = shift_rows(stance, BOOTS, seed)
     methods = _by_method(method_rows(training, BOOTS, seed)[0])
@@ -146,15 +149,19 @@ def _named(method: str) -> str:
     return " ".join([name, *(["random"] if is_control(method) else []), *amount, "%"])
 
 
-def _empty(out: Path, overwrite: bool) -> Path:
-    """The output directory, made anew; only an earlier demo is ever removed."""
+def _folder(out: Path, settings: dict[str, Any], overwrite: bool) -> Path:
+    """The output directory: a stopped demo's as it is, else made anew; only an earlier demo is ever removed."""
     if out.exists():
+        begun = out / UNFINISHED
+        if not overwrite and begun.is_file() and json.loads(begun.read_text()) == settings:
+            return out
         if not overwrite:
             raise UserError(f"'{out}' exists already: give another --out, or --overwrite to replace it.")
         if not out.is_dir() or (any(out.iterdir()) and not (out / STAGES_FILE).is_file()):
             raise UserError(f"'{out}' is not an earlier demo: give another --out.")
         shutil.rmtree(out)
     out.mkdir(parents=True)
+    write_json(out / UNFINISHED, settings)
     write_json(out / STAGES_FILE, {})
     return out
 

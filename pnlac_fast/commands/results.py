@@ -69,7 +69,12 @@ def study(as_json: bool, show_plan: bool, **given: Any) -> None:
 @command(epilog="Example: pnlac-fast demo --size small --out demo")
 @option("--size", default="full", show_default=True, type=click.Choice(["small", "full", "large"]))
 @option("--seed", default=0, show_default=True, help="Seed of the embedded model and of everything after.")
-@option("--out", default="pnlac-demo", show_default=True, help="Directory for the result; must not exist yet.")
+@option(
+    "--out",
+    default="pnlac-demo",
+    show_default=True,
+    help="Directory for the result; a demo that was stopped goes on there.",
+)
 @option("--overwrite", is_flag=True, help="Replace an earlier demo in --out.")
 @option("--jobs", type=int, help="Processes for the fine-tunes. Default: one per core, four at most.")
 @as_json

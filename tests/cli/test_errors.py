@@ -370,6 +370,20 @@ def test_ctrl_c_anywhere_else(cli, base, tuned, monkeypatch) -> None:
     refused(cli("score", *base, *tuned), STOPPED, "Stopped", "same command again")
 
 
+def test_ctrl_c_in_the_middle_of_the_demo(cli, tmp_path: Path, monkeypatch) -> None:
+    import pnlac_fast.demonstration as demonstration
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demonstration.testbed, "build", interrupted)
+    for _ in range(2):  # the same command again is not refused for what the first has left
+        refused(cli("demo", "--out", tmp_path / "d"), STOPPED, "Stopped", "same command again")
+    refused(cli("demo", "--out", tmp_path / "d", "--seed", 1), MEND, "exists already", "--overwrite")
+    (tmp_path / "d" / demonstration.UNFINISHED).unlink()
+    refused(cli("demo", "--out", tmp_path / "d"), MEND, "exists already", "--overwrite")
+
+
 def test_ctrl_c_in_the_middle_of_a_finetune(cli, base, tmp_path: Path, monkeypatch) -> None:
     from pnlac_fast.trajectory import Trajectory
 
