@@ -93,14 +93,17 @@ def _compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_compiled")
 @pytest.mark.filterwarnings("ignore")  # the compiler trips over warnings of its own
-@pytest.mark.parametrize("mode", ["freeze", "specific"])
-def test_compiled_models_train_the_same(mode: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "penalised"), [("freeze", False), ("specific", True)])
+def test_compiled_models_train_the_same(mode: str, penalised: bool, tmp_path: Path) -> None:
     counters.clear()
+    common: dict[str, Any] = {"max_steps": 2, "penalised": penalised}
     options = {"torch_compile": True, "torch_compile_backend": "eager"}
-    two, log = one.train(mode, "full", tmp_path / "compiled", max_steps=2, **options)
-    plain, expected = one.train(mode, "full", tmp_path / "plain", max_steps=2)
+    two, log = one.train(mode, "full", tmp_path / "compiled", **common, **options)
+    plain, expected = one.train(mode, "full", tmp_path / "plain", **common)
     assert counters["frames"]["ok"]
     check_what_moved(two, mode, "full")
     for name, value in plain.items():
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4)
-    assert log[0]["kl"] == pytest.approx(expected[0]["kl"], rel=1e-4, abs=1e-6)
+    for term in ("loss", *(("anchor", "kl") if penalised else ())):
+        assert log[1][term] == pytest.approx(expected[1][term], rel=1e-4)
+        assert log[1][term] > 0

@@ -100,9 +100,9 @@ def weights(model: Any) -> dict[str, Tensor]:
 
 def train(mode: str, method: str, folder: Path, **changes: Any) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """The weights after a fine-tune, and the Trainer's log."""
-    resume = changes.pop("resume", None)
+    resume, penalised = changes.pop("resume", None), changes.pop("penalised", True)
     model = decoder() if method == "full" else lora(decoder())
-    made = trainer(model, callbacks(model, mode), folder, **changes)
+    made = trainer(model, callbacks(model, mode)[: None if penalised else 1], folder, **changes)
     made.train(resume_from_checkpoint=resume)
     return weights(model), made.state.log_history
 
