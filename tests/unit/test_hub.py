@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, constants
 
 from pnlac_fast.cli import main
 from pnlac_fast.errors import UserError
-from pnlac_fast.loading import load_model
+from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.neurons import NeuronSet, load_sets, save_sets
 from pnlac_fast.publishing import publish
 from pnlac_fast.slice_file import merge_slices, save_slices
@@ -185,6 +185,10 @@ def test_slices_go_to_the_hub_and_into_a_copy_of_the_base(
     merged = merge_slices(other, "hf://user/slices")
     assert np.array_equal(merged.member, member)
     for one, two in zip(base.hf.parameters(), other.hf.parameters(), strict=True):
+        assert one.equal(two)
+    fresh = load_model(model_paths["llama"], dtype="float32", device="cpu")
+    tuned = load_tuned(fresh, "hf://user/slices/neuron_slices.safetensors")
+    for one, two in zip(base.hf.parameters(), tuned.hf.parameters(), strict=True):
         assert one.equal(two)
 
 
