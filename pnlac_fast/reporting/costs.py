@@ -121,7 +121,7 @@ def cost_sentences(rows: Sequence[TuningCost]) -> list[str]:
     told = [r for r in rows if r.method != "plain" and not style.is_control(r.method) and math.isfinite(r.over_plain)]
     if not told:
         return []
-    text = "; ".join(f"{style.method_label(r.method)} {r.over_plain:.2f}" for r in told)
+    text = "; ".join(f"{r.over_plain:.2f} for {style.method_label(r.method)}" for r in told)
     return [
         f"Time of a training step over that of plain tuning, medians: {text}. Runs that share a machine slow each "
         "other, so small differences say nothing."

@@ -198,8 +198,7 @@ def method_sentences(rows: Sequence[MethodRow]) -> list[str]:
         if reached:
             row, *others = reached
             told = f"at {style.percent(EQUAL_SHIFT[row.comparison])} of plain tuning\u2019s on-topic shift"
-            also = [f"at {style.percent(EQUAL_SHIFT[o.comparison])}: {percentage(o.reduction)}" for o in others]
-            told += f" (reduction {', '.join(also)})" if also else ""
+            told += "".join(_at(o, row.reduction.sign > 0) for o in others)
         else:
             row, told = equal["equal steps"], "at equal steps (it never reached the on-topic shift of plain tuning)"
         control = next(
@@ -215,6 +214,12 @@ def method_sentences(rows: Sequence[MethodRow]) -> list[str]:
         )
         sentences.append(_method_sentence(row, told, control))
     return sentences
+
+
+def _at(row: MethodRow, reduced: bool) -> str:
+    """A comparison in brackets, as a reduction where the one before it is told as one, else as a change."""
+    value = percentage(row.reduction) if reduced else percentage(reversed_sign(row.reduction), signed=True)
+    return f" ({'' if reduced else 'change '}at {style.percent(EQUAL_SHIFT[row.comparison])}: {value})"
 
 
 def _method_sentence(row: MethodRow, told: str, control: MethodRow | None) -> str:

@@ -286,7 +286,7 @@ def test_costs_are_medians_over_runs_and_a_step_is_held_against_that_of_plain() 
     assert (specific.steps, specific.over_plain, specific.seconds, specific.process_bytes) == (80, 0.5, 7.0, 2e9)
     assert rows["specific_random_10"].runs == 6
     assert math.isnan(specific.device_bytes)
-    assert "train only specific (top 10\u00a0%) 0.50." in cost_sentences([*rows.values()])[0]
+    assert "0.50 for train only specific (top 10\u00a0%)." in cost_sentences([*rows.values()])[0]
     cost = {"seconds": 2.5, "process_bytes": 10**9}
     results = {"training": training, "stance": stance_result(TOPICS[:3], 4).assign_attrs(cost=cost)}
     results["stance_classifier"] = classifier_result(TOPICS[:3], 4).assign_attrs(cost=cost)

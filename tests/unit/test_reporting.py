@@ -178,7 +178,9 @@ def test_a_method_is_told_at_the_shift_it_reached() -> None:
     assert (found["specific_10", "equal shift"].reached, found["specific_10", "equal shift 60 %"].reached) == (0, 3)
     few, both = wording.method_sentences(rows)
     assert "at 60\u00a0% of plain tuning\u2019s on-topic shift." in few
-    assert "at 80\u00a0% of plain tuning\u2019s on-topic shift (reduction at 60\u00a0%: " in both
+    assert "at 80\u00a0% of plain tuning\u2019s on-topic shift (at 60\u00a0%: 6" in both
+    rows, _ = tables.method_rows(training_result(TOPICS[:3], 6, methods | {"freeze_5": (1.0, 1.3, 30, 0.05, 0)}), 50, 0)
+    assert "on-topic shift (change at 60\u00a0%: +" in wording.method_sentences(rows)[-1]
 
 
 def test_intervals_of_methods_cover_seeds_too() -> None:
