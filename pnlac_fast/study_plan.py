@@ -16,6 +16,7 @@ from pnlac_fast.datasets import SIDES
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.localize import locate
 from pnlac_fast.patching import patch
+from pnlac_fast.rivals import Rival
 from pnlac_fast.scoring import score
 from pnlac_fast.sweeping import KNOWN
 
@@ -124,7 +125,9 @@ def _check(plan: Mapping[str, Any]) -> None:
     for name, options in plan["methods"].items():
         if (neurons := options.get("inhibit")) is not None and neurons not in plan["neurons"]:
             raise unknown(f"neurons of method '{name}'", str(neurons), plan["neurons"])
-        if options.get("rival") in DIRECTED and "resid" not in plan["cache"].get("sites", ()):
+        if (rival := options.get("rival")) is not None and rival not in DIRECTED:
+            Rival(rival, options.get("rival_strength"), options.get("rival_text"))  # what it lacks is said now
+        if rival in DIRECTED and "resid" not in plan["cache"].get("sites", ()):
             raise UserError(f"Method '{name}' edits the residual stream: add resid to the sites of [cache].")
 
 

@@ -139,6 +139,7 @@ def test_a_study_needs_all_of_a_model_and_its_data(base: Model, questions: Any, 
         ({"methods": {"kl": {}}}, r"\[methods.plain\]"),
         ({"methods": {"plain": {}, "freeze": {"inhibit": "generl"}}}, "Did you mean 'general'"),
         ({"methods": {"plain": {}, "steer": {"rival": "steer"}}, "cache": {"sites": ["mlp_mid"]}}, "resid"),
+        ({"methods": {"plain": {}, "inoculate": {"rival": "inoculate"}}}, "needs an instruction"),
     ],
 )
 def test_a_plan_that_names_what_does_not_exist_is_refused(changes: dict[str, Any], said: str) -> None:
