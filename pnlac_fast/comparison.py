@@ -88,9 +88,15 @@ def compare(training: xr.Dataset, boots: int = 2000, seed: int = 0) -> list[Meth
     Parameters
     ----------
     training
-        From :func:`join`, :func:`collect` or :func:`pnlac_fast.sweeping.sweep`.
+        (run, point, question), from :func:`join`, :func:`collect` or :func:`pnlac_fast.sweeping.sweep`.
     boots, seed
         Resamples of the questions behind each 95 % interval.
+
+    Returns
+    -------
+    list of MethodRow
+        One for each method and comparison: coupling, reduction and retention with their intervals, and those of each
+        random control.
 
     Raises
     ------

@@ -18,6 +18,18 @@ def resamples(topics: Sequence[str], boots: int, seed: int = 0) -> np.ndarray:
 
     Draw 0 counts every question once. In the others each topic keeps its number of questions. Applying the same draw
     to every model makes all comparisons paired.
+
+    Parameters
+    ----------
+    topics
+        Of each question.
+    boots, seed
+        How many draws besides draw 0, and their seed.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 [draw, question].
     """
     generator = np.random.default_rng(seed)
     names = np.asarray(topics, dtype=object)
@@ -58,6 +70,11 @@ def stances(
     -------
     numpy.ndarray
         [..., topic], or [draw, ..., topic] with weights. NaN margins, and topics of which nothing counts, give NaN.
+
+    Raises
+    ------
+    ValueError
+        There is no such measure.
     """
     if measure not in MEASURES:
         raise ValueError(f"measure must be one of {MEASURES}")
@@ -77,32 +94,36 @@ def stances(
 
 
 def off_topic(shift: np.ndarray, tuned: int) -> np.ndarray:
-    """Shifts of the topics that were not tuned on, [..., topic - 1]."""
+    """Return the shifts [..., topic - 1] of the topics that were not tuned on: ``shift`` [..., topic], ``tuned`` its
+    index."""
     return np.delete(shift, tuned, axis=-1)
 
 
 def coupling(shift: np.ndarray, tuned: int) -> np.ndarray:
-    """C = sqrt(mean of the squared off-topic shifts), over the last axis of ``shift`` [..., topic]."""
+    """Return C = sqrt(mean of the squared off-topic shifts), [...], of ``shift`` [..., topic] in nats or S.
+
+    ``tuned`` is the index of the topic tuned on.
+    """
     return np.sqrt(np.mean(off_topic(shift, tuned) ** 2, axis=-1))
 
 
 def over(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """The quotient, NaN where there is nothing to divide by."""
+    """Return ``part`` / ``whole``, [...], NaN where there is nothing to divide by."""
     return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=np.asarray(whole) != 0)
 
 
 def coupling_ratio(shift: np.ndarray, tuned: int) -> np.ndarray:
-    """Mean off-topic shift, signed, over the on-topic shift."""
+    """Return the mean off-topic shift over the on-topic one, signed, [...]: of ``shift`` [..., topic], topic ``tuned``."""
     return over(off_topic(shift, tuned).mean(-1), shift[..., tuned])
 
 
 def reduction(method: np.ndarray, plain: np.ndarray, tuned: int) -> np.ndarray:
-    """1 - C(method) / C(plain), from the shifts [..., topic] of both."""
+    """Return 1 - C(method) / C(plain), [...]: ``method`` and ``plain`` are shifts [..., topic], ``tuned`` an index."""
     return 1 - over(coupling(method, tuned), coupling(plain, tuned))
 
 
 def retention(method: np.ndarray, plain: np.ndarray, tuned: int) -> np.ndarray:
-    """On-topic shift of a method over that of plain tuning."""
+    """Return the on-topic shift of ``method`` over that of ``plain``, [...]: shifts [..., topic], ``tuned`` a topic."""
     return over(method[..., tuned], plain[..., tuned])
 
 
@@ -167,6 +188,11 @@ def over_seeds(draws: np.ndarray, axis: int = 1, seed: int = 0) -> np.ndarray:
 def difference(method: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Paired difference of two methods' draws of one figure, and the two-sided share of draws on the other side of 0.
 
+    Parameters
+    ----------
+    method, other
+        [draw, ...]: the figure of each, from the same resamples.
+
     Returns
     -------
     numpy.ndarray
@@ -181,10 +207,10 @@ def difference(method: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 def interval(draws: np.ndarray, level: float = 0.95) -> np.ndarray:
-    """Estimate, lower and upper bound, [3, ...], of ``draws`` [draw, ...] whose draw 0 is the estimate.
+    """Return estimate, lower and upper bound, [3, ...], of ``draws`` [draw, ...] whose draw 0 is the estimate.
 
-    Percentile bootstrap. Resamples in which the figure does not exist (a run that never reached the shift) are left
-    out; where it exists in under half of them, or not at draw 0, all three are NaN.
+    Percentile bootstrap at ``level``. Resamples in which the figure does not exist (a run that never reached the
+    shift) are left out; where it exists in under half of them, or not at draw 0, all three are NaN.
     """
     samples = draws[1:]
     defined = np.isfinite(samples)

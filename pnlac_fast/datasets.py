@@ -22,7 +22,15 @@ SUFFIXES = (".jsonl", ".csv", ".parquet", ".json")
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a topic, with its completions; the i-th right one is the pair of the i-th left one."""
+    """One question of a topic, with its completions; the i-th right one is the pair of the i-th left one.
+
+    Attributes
+    ----------
+    topic, instruction
+        What it is about, and what is asked.
+    right, left
+        Completions; empty where a side is not known.
+    """
 
     topic: str
     instruction: str
@@ -108,6 +116,15 @@ def save_questions(questions: Iterable[Question], directory: str | Path, split: 
     """Write questions in IdeoINST's layout: ``{topic}/{side}/{topic}_{side}_{split}.json``.
 
     A question with several pairs becomes several rows with the same instruction.
+
+    Parameters
+    ----------
+    questions
+        With completions of either or both sides; one without any is not written.
+    directory
+        Made where it does not exist; files of the same topics, sides and split are replaced.
+    split
+        Last part of the files' names, such as "train".
     """
     files: dict[tuple[str, str], list[dict[str, str]]] = {}
     for question in questions:

@@ -24,6 +24,8 @@ class Model:
 
     Attributes
     ----------
+    weights
+        The Hugging Face model and where its parts are; a base and all its adapters share them.
     name
         Short name, used in stores and reports.
     tokenizer

@@ -111,6 +111,20 @@ def random_like(neurons: NeuronSet, seed: int, *, exclude: np.ndarray | None = N
 
     Where a layer has too few neurons outside ``exclude``, the rest of its count comes from inside, so that counts
     always match.
+
+    Parameters
+    ----------
+    neurons
+        What the random ones are a control of.
+    seed
+        The same seed draws the same neurons.
+    exclude
+        bool [layer, neuron]; none by default.
+
+    Returns
+    -------
+    NeuronSet
+        Of the same model and site.
     """
     generator = np.random.default_rng(seed)
     member = np.zeros_like(neurons.member)
@@ -214,7 +228,15 @@ def from_record(record: Mapping[str, Any]) -> NeuronSet:
 
 
 def save_sets(sets: Sequence[NeuronSet], path: str | Path) -> None:
-    """Write neuron sets to a JSON file: neurons by layer, and where they come from."""
+    """Write neuron sets to a JSON file: neurons by layer, and where they come from.
+
+    Parameters
+    ----------
+    sets
+        With different names; :func:`load_sets` returns them by these.
+    path
+        The file, replaced where it exists.
+    """
     record = {**FORMAT, "sets": [to_record(s) for s in sets]}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
@@ -227,6 +249,11 @@ def load_sets(path: str | Path) -> dict[str, NeuronSet]:
     ----------
     path
         The file, or ``hf://USER/NAME`` for that of a repository on the hub, see :func:`pnlac_fast.publish`.
+
+    Returns
+    -------
+    dict
+        Set by name, such as "race/general".
 
     Raises
     ------

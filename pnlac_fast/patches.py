@@ -162,7 +162,12 @@ def save_patch(patch: Patch, path: str | Path, *, base: Mapping[str, Any] | None
     metadata hold ``site``, ``scale``, ``format``, ``version`` and ``neurons``, the set as JSON. To apply it, replace
     the activation a at these neurons of the site by scale * a + add.
 
-    ``base`` is the origin of the model to patch (see :class:`pnlac_fast.models.Model`); default: that of the neurons.
+    Parameters
+    ----------
+    patch, path
+        What to write, and the file.
+    base
+        Origin of the model to patch (see :class:`pnlac_fast.models.Model`); default: that of the neurons.
     """
     neurons = patch.neurons if base is None else replace(patch.neurons, base=base)
     tensors = {}

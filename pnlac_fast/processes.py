@@ -48,7 +48,13 @@ def pool(
 
 def _map(made: ProcessPoolExecutor, function: Callable[[Any], Any], tasks: Iterable[Any]) -> Iterator[Any]:
     # That of the executor cancels what is left when it is interrupted, over which its own thread then stumbles.
-    futures = [made.submit(function, task) for task in tasks]
+    waiting = list(tasks)
+    # Submitting starts the processes, which inherit this: one that still imports would answer Ctrl-C with a traceback.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        futures = [made.submit(function, task) for task in waiting]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return (future.result() for future in futures)
 
 

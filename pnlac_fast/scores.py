@@ -41,8 +41,13 @@ def scores(contrast: xr.Dataset, score: str = "rms") -> xr.DataArray:
     Returns
     -------
     xarray.DataArray
-        float64, dims of ``contrast["rms"]``. A neuron whose denominator is 0 scores 0 where it did not change, and
-        infinity where it did.
+        float64, dims of ``contrast["rms"]``: (model, topic, site, tokens, layer, neuron), or those selected. A neuron
+        whose denominator is 0 scores 0 where it did not change, and infinity where it did.
+
+    Raises
+    ------
+    UserError
+        There is no such score.
     """
     if score not in SCORES:
         raise unknown("score", score, SCORES)

@@ -48,9 +48,18 @@ def margins(
 
     Parameters
     ----------
+    model, questions
+        Who is asked, and what; every question needs pairs.
+    template, batch_tokens
+        What stands around the instruction, and how many padded tokens one pass has.
     normalise
         "token": each log-probability is divided by its number of tokens; "sum": it is not, as suits pairs of matched
         length.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 [question], in nats, or nats per token.
 
     Raises
     ------

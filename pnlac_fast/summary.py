@@ -31,6 +31,20 @@ def summary(result: xr.Dataset, *, measure: str = "margin", boots: int = BOOTS, 
     model whose side is known has ``of_ceiling`` too: its on-topic shift over that of a model which answers with the
     data's own completions of that side, as the same judge labels them. A sheet of people may lack answers: they are
     left out of S.
+
+    Parameters
+    ----------
+    result
+        (run, question), what :func:`pnlac_fast.score` returned for one scorer.
+    measure
+        Of margins: "margin", their mean in nats, or "S", by their sign. Labels have S only.
+    boots, seed
+        Resamples of the questions behind each interval.
+
+    Returns
+    -------
+    list of dict
+        One of these records for each model.
     """
     values = result["margin" if "margin" in result else "label"].transpose("run", "question").values
     measure = measure if "margin" in result else "S"

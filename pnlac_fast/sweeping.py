@@ -150,6 +150,7 @@ def sweep(
     settings = {run.name: {**_plain(run.options), **_files(run.options), "origin": origin} for run in runs}
     done = _finished(out, settings, overwrite)
     out.mkdir(parents=True, exist_ok=True)
+    write_json(out / SWEEP_FILE, _recorded(out))  # a sweep is stopped before its first run is recorded, too
     todo = [run for run in runs if run.name not in done]
     with tqdm(
         total=len(runs), initial=len(done), desc="fine-tunes", unit="run", disable=None if progress else True
@@ -243,7 +244,7 @@ def _result(place: Path, run: Planned) -> xr.Dataset:
 def _finished(out: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
     """What is there already with the same settings."""
     if not (out / SWEEP_FILE).is_file():
-        if out.is_dir() and any(out.iterdir()) and not any(out.glob("*/*.partial")):
+        if out.is_dir() and any(out.iterdir()):
             raise UserError(f"'{out}' exists and holds no sweep: give another --out.")
         return {}
     before = _recorded(out)

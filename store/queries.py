@@ -101,7 +101,7 @@ def neuron(rows: xr.Dataset, layer: int, neuron: int) -> xr.DataArray:
     Returns
     -------
     DataArray
-        (token), with everything that is known of the rows as coordinates.
+        [token], with everything that is known of the rows as coordinates.
 
     Raises
     ------
@@ -136,6 +136,11 @@ def prompt(rows: xr.Dataset, example: int) -> xr.Dataset:
         Raw activations.
     example : int
         The question's row in `open_examples`.
+
+    Returns
+    -------
+    Dataset
+        ``activation`` (layer, token, neuron) and what is known of the rows.
 
     Raises
     ------

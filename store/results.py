@@ -29,8 +29,8 @@ def write_result(path: Location, name: str, ds: xr.Dataset) -> None:
     name : str
         The name of the result: a letter, then at most 63 letters, digits or underscores.
     ds : xarray.Dataset
-        Numbers, truth values and text of any dimensions; attributes are JSON values. It is kept exactly, text as
-        variable-length strings.
+        Numbers, truth values and text with any dimensions, such as (run, question); attributes are JSON values. It is
+        kept exactly, text as variable-length strings.
 
     Raises
     ------
@@ -41,7 +41,10 @@ def write_result(path: Location, name: str, ds: xr.Dataset) -> None:
 
 
 def open_result(path: Location, name: str) -> xr.Dataset:
-    """Return the result `name`, read into memory; StoreError lists the results that are there if it is not."""
+    """Return the result `name` with its own dimensions, such as (run, question), read into memory.
+
+    StoreError lists the results that are there if it is not.
+    """
     place = place_of(path)
     known = list_results(place)
     if name not in known:
@@ -80,7 +83,10 @@ def write_sets(path: Location, ds: xr.Dataset) -> None:
 
 
 def open_sets(path: Location | Place) -> xr.Dataset:
-    """Return the neuron sets that `write_sets` wrote, read into memory; StoreError if there are none."""
+    """Return the neuron sets that `write_sets` wrote, with ``member`` (neuron_set, layer, neuron), read into memory.
+
+    StoreError if there are none.
+    """
     place = place_of(path)
     read_header(place)
     if place.read(f"{NEURON_SETS}/{METADATA}") is None:

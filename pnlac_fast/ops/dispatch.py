@@ -46,7 +46,7 @@ def _triton_status() -> str:
 
 
 def engines() -> dict[str, str]:
-    """Name of each engine, with "available" or the reason why it is not."""
+    """Return the name of each engine, with "available" or the reason why it is not."""
     return dict(_ENGINES)
 
 

@@ -101,10 +101,19 @@ def masked_sgd(
 
     Parameters
     ----------
+    params, grads, keeps, dims, engine
+        As those of :func:`masked_adamw`: [row, column] or [row], and the share of each row or column.
     momenta
         The momentum buffers, in the shape of the parameter, in its dtype or float32; none where ``momentum`` is 0.
+    lr, momentum, dampening, weight_decay, nesterov
+        As those of ``torch.optim.SGD``.
     first
         Whether this is the first step of these parameters, at which the gradient replaces the momentum.
+
+    Raises
+    ------
+    RuntimeError
+        "masked_sgd: ...", where a tensor does not fit the others, or has a dtype that it does not know.
     """
     if not params:
         return

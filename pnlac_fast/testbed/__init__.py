@@ -34,6 +34,8 @@ class Testbed:
     path
         Folder with ``model/`` (an ordinary Hugging Face directory), ``data/train`` and ``data/eval`` (IdeoINST's
         layout), ``text/neutral.txt`` (plain facts, one a line) and ``gate.json``.
+    size, seed
+        What it was made of; the size "custom" is of a recipe of one's own.
     profile_effect, coupling_ratio
         What the gate measured [nats; ratio], see :func:`pnlac_fast.testbed.gate.measure`.
     seconds
@@ -81,6 +83,11 @@ def build(size: str | Recipe = "full", seed: int = 0, cache_dir: str | Path | No
         the same machine, if trained on its CPU. The questions are the same for every seed.
     cache_dir
         Where testbeds are kept. Default: ``$PNLAC_CACHE``, else ``pnlac-fast`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Returns
+    -------
+    Testbed
+        With the paths of the model and of its data.
 
     Raises
     ------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 import textwrap
@@ -13,17 +14,32 @@ from typing import Any
 import pytest
 
 import pnlac_fast
-from pnlac_fast import store
+from pnlac_fast import coupling, ops, store
 
+ARRAYS = re.compile(r"\b(Tensor|ndarray|Dataset|DataArray)\b")
+DIMENSIONS = re.compile(r"\[(\w+|\.\.\.)(( - |, )(\w+|\.\.\.))*\]|\([a-z_]+(, [a-z_]+)+\)|on ``\w+``")
 SELF_EVIDENT = ("path", "progress")  # of a store's functions; their annotation says it all
 
 
 def public() -> Iterator[Any]:
-    for module in (pnlac_fast, store):
-        for name in module.__all__:
-            value = getattr(module, name)
-            if inspect.isroutine(value) or inspect.isclass(value):
-                yield pytest.param(value, id=f"{module.__name__}.{name}")
+    """Every function and class of the reference: those exported, and those on its pages by their own names."""
+    modules = [pnlac_fast, store, ops, coupling]
+    exported = coupling.__dict__ | {"__all__": [n for n, v in vars(coupling).items() if inspect.isfunction(v)]}
+    names = {f"{m.__name__}.{n}" for m in modules[:3] for n in m.__all__}
+    names |= {f"{coupling.__name__}.{n}" for n in exported["__all__"] if not n.startswith("_")}
+    seen = set()
+    for name in sorted(names | set(shown())):
+        module, _, last = name.rpartition(".")
+        value = getattr(importlib.import_module(module), last, None)
+        if (inspect.isroutine(value) or inspect.isclass(value)) and value not in seen:
+            seen.add(value)
+            yield pytest.param(value, id=name)
+
+
+def shown() -> list[str]:
+    """Full names on the pages of the reference."""
+    pages = (Path(__file__).parents[2] / "docs" / "reference").glob("*.md")
+    return re.findall(r"^::: (pnlac_fast\.[\w.]+)", "\n".join(page.read_text() for page in pages), re.MULTILINE)
 
 
 def sections(text: str) -> dict[str, str]:
@@ -70,9 +86,15 @@ def test_a_class_describes_its_attributes_and_methods(kind: type) -> None:
     assert [name for name in named if not getattr(kind, name).__doc__] == []
 
 
+@pytest.mark.parametrize("function", [p for p in public() if inspect.isroutine(p.values[0])])
+def test_arrays_have_their_dimensions_named(function: Any) -> None:
+    signature = inspect.signature(function)
+    taken = [p.annotation for p in signature.parameters.values()]
+    if ARRAYS.search(f"{taken} {signature.return_annotation}"):
+        assert DIMENSIONS.search(function.__doc__), "write [topic, neuron], or (run, question) of a Dataset"
+
+
 def test_every_public_name_is_on_a_page_of_the_reference() -> None:
-    pages = (Path(__file__).parents[2] / "docs" / "reference").glob("*.md")
-    shown = re.findall(r"^::: pnlac_fast\.([\w.]+)", "\n".join(page.read_text() for page in pages), re.MULTILINE)
-    assert "store" in shown, "a page that shows all of it"
-    last = {name.rpartition(".")[2] for name in shown}
+    assert "pnlac_fast.store" in shown(), "a page that shows all of it"
+    last = {name.rpartition(".")[2] for name in shown()}
     assert [name for name in pnlac_fast.__all__ if name not in last and name != "__version__"] == []

@@ -130,6 +130,24 @@ def test_what_is_there_is_not_done_again(
     assert np.array_equal(same["margin"].values, found["margin"].values)
 
 
+def test_one_that_is_stopped_before_its_first_record_goes_on(
+    base: Model, questions: Any, probe: Any, neurons: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: Any, **options: Any) -> Any:
+        real(*args, **options)
+        raise KeyboardInterrupt  # the run is there, and the sweep knows nothing of it
+
+    real = sweeping.finetune
+    monkeypatch.setattr(sweeping, "finetune", stopped)
+    plan = {**COMMON, "topic": "race", "points": 2, "plain": {}}
+    with pytest.raises(KeyboardInterrupt):
+        sweep(base, questions, tmp_path / "sweep", plan, probe=probe, progress=False)
+    assert (tmp_path / "sweep" / "plain" / "only").is_dir()
+    monkeypatch.setattr(sweeping, "finetune", real)
+    found = sweep(base, questions, tmp_path / "sweep", plan, probe=probe, progress=False)
+    assert found["method"].values.tolist() == ["plain"]
+
+
 def test_other_settings_are_refused_or_done_again(
     base: Model, questions: Any, probe: Any, neurons: Path, tmp_path: Path
 ) -> None:
