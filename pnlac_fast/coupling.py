@@ -113,7 +113,7 @@ def over(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def coupling_ratio(shift: np.ndarray, tuned: int) -> np.ndarray:
-    """Return the mean off-topic shift over the on-topic one, signed, [...]: of ``shift`` [..., topic], topic ``tuned``."""
+    """Return the mean off-topic shift over the on-topic one, [...], signed; ``shift`` [..., topic], topic ``tuned``."""
     return over(off_topic(shift, tuned).mean(-1), shift[..., tuned])
 
 
