@@ -70,14 +70,16 @@ def each_run(found: Sequence[Compared]) -> tuple[list[str], Shown, Table] | None
     rows = [r for r in rows if r.method in names]
     if not rows:
         return None
-    sentences = [run_sentence([r for r in rows if r.method == name]) for name in names]
+    told = {name: run_sentence([r for r in rows if r.method == name]) for name in names}
+    controlled = {r.method for r in rows if math.isfinite(r.random)}  # of the others the figure says enough
+    sentences = [sentence for name, sentence in told.items() if name in controlled]
     goal = style.percent(EQUAL_SHIFT[FIRST])
     several = len({r.seed for r in rows}) > 1
     figure = Shown(
         "each_run",
         f"Reduction of coupling at {goal} of plain tuning\u2019s on-topic shift, a dot for every tuned topic"
         f"{' and seed' if several else ''}; grey below it, the means over random draws of the same runs.",
-        "Dots of the reduction by run. " + " ".join(sentences),
+        "Dots of the reduction by run. " + " ".join(told.values()),
         lambda width: draw_runs(rows, width),
     )
     header = ["Method", "Tuned on", "Seed", f"Reduction at {goal}", "random"]
