@@ -73,7 +73,7 @@ def _coupling_table(table: Sequence[CouplingRow], unit: str) -> Table:
     cells = []
     for r in table:
         name = style.pretty(r.tuned_topic) if r.tuned_topic else "All, mean"
-        cells.append(([style.pretty(r.method)] if several else []) + [name])
+        cells.append(([wording.sentence_case(style.method_label(r.method))] if several else []) + [name])
         cells[-1] += [wording.estimate(e) for e in (r.on_topic, r.off_topic, r.coupling, r.ratio)]
     return Table(
         "coupling",
