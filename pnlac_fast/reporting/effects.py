@@ -95,10 +95,16 @@ def draw_methods(rows: Sequence[MethodRow], width: float, unit: str) -> Figure:
     names = list(dict.fromkeys(style.controlled(r.method) for r in rows))
     names.sort(key=lambda n: n != "plain")
     controls = {style.controlled(r.method) for r in rows if style.is_control(r.method)}
-    places, y = {}, 0.0
+    columns = 27 if wide else 18
+    half = {name: 0.16 * (style.method_lines(name, columns).count("\n") + 1) for name in names}  # of a label's height
+    below = {name: max(0.5 if wide else 0.65, half[name] + 0.2) for name in controls}  # where the random neurons are
+    places: dict[str, float] = {}
+    y = lower = 0.0
     for name in names:
+        y += max(lower + half[name] + 0.12 if places else 0.0, 0.8 if places else 0.0)
         places[name] = y
-        y += (1.25 if wide else 1.45) if name in controls else 0.8
+        lower = below[name] + 0.4 if name in controls else half[name]
+    y += max(lower, 0.5) + 0.3
     height = 0.46 * y + 0.9
     n = len(COMPARISONS)
     figure = style.new_figure(width, height if wide else n * height + 0.1)
@@ -110,8 +116,8 @@ def draw_methods(rows: Sequence[MethodRow], width: float, unit: str) -> Figure:
         ticks: dict[float, str] = {}
         for row in (r for r in rows if r.comparison == comparison):
             control = style.is_control(row.method)
-            at = places[style.controlled(row.method)] + ((0.5 if wide else 0.65) if control else 0)
-            ticks[at] = "random neurons" if control else style.method_lines(row.method, 27 if wide else 18)
+            at = places[style.controlled(row.method)] + (below[style.controlled(row.method)] if control else 0)
+            ticks[at] = "random neurons" if control else style.method_lines(row.method, columns)
             _dot(axes, at, row, control)
             if row.method == "plain" and math.isfinite(row.coupling.value):
                 axes.axvline(row.coupling.value, color=style.PLAIN, linewidth=0.9, linestyle=(0, (4, 3)), zorder=0)

@@ -111,11 +111,14 @@ def compared(training: xr.Dataset, boots: int, seed: int) -> tuple[list[Compared
 def over_runs(samples: Sequence[np.ndarray], seeds: Sequence[int], seed: int) -> np.ndarray:
     """Mean of the figures of several runs, each [draw, ...]: within a seed first, then over the seeds.
 
-    Where there are several, they are resampled as well, see :func:`pnlac_fast.coupling.over_seeds`.
+    In a resample of the questions a run may lack the figure, NaN; the mean is then that of the others. Where there are
+    several seeds, they are resampled as well, see :func:`pnlac_fast.coupling.over_seeds`.
     """
-    by_seed = [
-        np.mean([own for own, of in zip(samples, seeds, strict=True) if of == s], axis=0) for s in dict.fromkeys(seeds)
-    ]
+    by_seed = []
+    for s in dict.fromkeys(seeds):
+        own = np.stack([one for one, of in zip(samples, seeds, strict=True) if of == s])
+        known = np.isfinite(own)
+        by_seed.append(coupling.over(np.where(known, own, 0.0).sum(0), known.sum(0)))
     return coupling.over_seeds(np.stack(by_seed, 1), seed=seed) if len(by_seed) > 1 else by_seed[0]
 
 
