@@ -138,7 +138,7 @@ def prepare(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor], way: str) 
     if way == "anchor":
         penalty = Anchor(neurons, base=base_activations(hf, batch["input_ids"].tolist(), neurons))
         penalty.on_train_begin(
-            SimpleNamespace(gradient_accumulation_steps=1),
+            SimpleNamespace(gradient_accumulation_steps=1, n_gpu=1),
             SimpleNamespace(global_step=0),
             None,
             model=model,

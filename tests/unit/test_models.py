@@ -132,10 +132,12 @@ def test_bad_models_are_refused(model_paths, adapter_paths, tmp_path: Path) -> N
         load_tuned(base, tmp_path / "pickled")
 
 
-def test_model_without_mlps_is_refused(tmp_path: Path) -> None:
+def test_model_without_mlps_is_refused(model_paths, tmp_path: Path) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
     MambaForCausalLM(MambaConfig(num_hidden_layers=1, hidden_size=8, vocab_size=16)).save_pretrained(tmp_path)
+    for file in model_paths["llama"].glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
     with pytest.raises(UserError, match=r"MLP of model type 'mamba' is not found.*--last-projection"):
         load_model(tmp_path)
 
