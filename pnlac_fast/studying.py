@@ -14,6 +14,7 @@ import xarray as xr
 
 from pnlac_fast import store as stores
 from pnlac_fast import testbed
+from pnlac_fast.adapters import sharing
 from pnlac_fast.caching import cache
 from pnlac_fast.comparison import compare, join
 from pnlac_fast.datasets import SIDES, Question, as_questions, by_topic
@@ -135,13 +136,14 @@ def study_one(subject: Subject, plan: StudyPlan) -> dict[str, xr.Dataset]:
     subject.out.mkdir(parents=True, exist_ok=True)
     plain = {"plain": plan.methods["plain"]}
     _sweep(subject, plan, plain, runs, topics)
-    tuned = _models(subject, plan, plain, runs, topics)
+    reader = _reader(subject)
+    tuned = _models(reader, plan, plain, runs, topics)
     of_tuned = {name: one.origin["sha256"] for name, one in tuned.items()}
     read = {"tuned": of_tuned, "cache": plan.cache}
-    subject.once("cache", read, lambda: _cache(subject, plan, tuned, store))
+    subject.once("cache", read, lambda: _cache(reader, plan, tuned, store))
     files = {name: subject.out / "neurons" / f"{name}.json" for name in plan.neurons}
     subject.once(
-        "locate", {**read, "neurons": list(plan.neurons.items())}, lambda: _locate(subject, plan, tuned, store, files)
+        "locate", {**read, "neurons": list(plan.neurons.items())}, lambda: _locate(reader, plan, tuned, store, files)
     )
 
     methods = {name: _with_paths(options, files, store) for name, options in plan.methods.items()}
@@ -152,13 +154,13 @@ def study_one(subject: Subject, plan: StudyPlan) -> dict[str, xr.Dataset]:
         if options is not None:
             given = {"store": store, "seed": subject.seed, "template": subject.template, **_normalise(plan), **options}
             settings = {"neurons": main.read_text(), "options": options}
-            subject.once(stage, settings, partial(patch, subject.base, tuned, main, subject.probe, **given))
+            subject.once(stage, settings, partial(patch, reader.base, tuned, main, subject.probe, **given))
     if plan.opposite:
         other = replace(plan, side=SIDES[1 - SIDES.index(plan.side)])
         where: tuple[Any, ...] = (plain, subject.out / "opposite", topics[: plan.opposite])
         _sweep(subject, other, *where)
-        tuned |= {f"{topic} {other.side}": one for topic, one in _models(subject, other, *where).items()}
-    _judge(subject, plan, tuned, store)
+        tuned |= _models(reader, other, *where, suffix=f" {other.side}")
+    _judge(reader, plan, tuned, store)
     _report(subject, store, "report")
     if plan.after:
         _look_after(subject, plan, methods, runs, topics)
@@ -177,16 +179,29 @@ def _sweep(subject: Subject, plan: StudyPlan, methods: Methods, out: Path, topic
     return sweep(subject.base, subject.data, out, planned, probe=subject.probe, **how)
 
 
+def _reader(subject: Subject) -> Subject:
+    """The same with a base of its own on the same weights: adapters go on that, and fine-tunes start from the other."""
+    base = subject.base
+    return replace(subject, base=Model(sharing(base.weights, ()), base.tokenizer, base.name, base.origin))
+
+
 def _models(
-    subject: Subject, plan: StudyPlan, methods: Methods, out: Path, topics: Sequence[str], among: Sequence[str] = ()
+    reader: Subject,
+    plan: StudyPlan,
+    methods: Methods,
+    out: Path,
+    topics: Sequence[str],
+    among: Sequence[str] = (),
+    suffix: str = "",
 ) -> dict[str, Model]:
     """Tuned models of a sweep, without controls, those tuned on topics ``among`` these: by topic, or "method topic"."""
     found = {}
-    for one in plan_runs(_planned(subject, plan, methods, topics)):
+    for one in plan_runs(_planned(reader, plan, methods, topics)):
         method, topic = one.name.partition("/")[0], one.options["topic"]
         if topic in (among or topics) and one.options.get("control") is None:
             parts = [method, *(f"{k}={v}" for k, v in one.varied.items())] if len(methods) > 1 else []
-            found[" ".join([*parts, topic])] = load_tuned(subject.base, out / one.name)
+            name = " ".join([*parts, topic]) + suffix
+            found[name] = load_tuned(reader.base, out / one.name, name=name)
     return found
 
 
@@ -239,16 +254,17 @@ def _judge(subject: Subject, plan: StudyPlan, models: Mapping[str, Model], store
 def _look_after(subject: Subject, plan: StudyPlan, methods: Methods, runs: Path, topics: Sequence[str]) -> None:
     """What the methods leave behind: drift of the neurons, what is general now, stance and utility of their models."""
     store = subject.out / "after.zarr"
-    models = _models(subject, plan, methods, runs, topics, topics[: plan.after])
+    reader = _reader(subject)
+    models = _models(reader, plan, methods, runs, topics, topics[: plan.after])
     origins = {name: one.origin["sha256"] for name, one in models.items()}
     general = {name: value for name, value in next(iter(plan.neurons.values())).items() if name != "evidence"}
 
     def look() -> None:
-        _cache(subject, plan, models, store)
+        _cache(reader, plan, models, store)
         locate(store, **general)
 
     subject.once("after", {"models": origins, "cache": plan.cache, "neurons": general}, look)
-    _judge(subject, plan, models, store)
+    _judge(reader, plan, models, store)
     _report(subject, store, "after")
 
 

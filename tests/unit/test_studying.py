@@ -119,6 +119,27 @@ def test_a_study_is_done_once_and_grows(
         study(base, questions, out, plan=other, **given)
 
 
+def test_a_study_of_adapters_keeps_its_base_free_of_them(
+    base: Model, questions: Any, probe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studying, "report", lambda store, out, **_: out / "index.html")
+    freeze = {"inhibit": "general", "inhibit_mode": "freeze"}
+    plan = {
+        **{name: PLAN[name] for name in ("side", "opposite", "after", "neurons", "patch", "score")},
+        "topics": ["race", "science"],
+        "cache": {"unit_tokens": 16},
+        "finetune": {"method": "lora", "lora_rank": 2, "steps": 1, "batch_size": 4, "points": 2},
+        "methods": {"plain": {}, "freeze": freeze},
+    }
+    out = tmp_path / "study"
+    found = study(base, questions, out, probe=probe, seeds=[0], plan=plan, jobs=1, progress=False)
+    assert base.weights.peft is None
+    assert {row["method"] for row in found["methods"]} == {"plain", "freeze"}
+    stance = stores.open_result(out / "seed-0" / "store.zarr", "stance")
+    assert stance["model"].values.tolist() == ["base", "race", "science", "race left"]
+    assert set(stores.info(out / "seed-0" / "after.zarr")["models"]) == {"plain race", "freeze race"}
+
+
 def test_a_study_needs_all_of_a_model_and_its_data(base: Model, questions: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--model, --data and --probe"):
         study(base, questions, tmp_path / "s")
