@@ -157,9 +157,9 @@ def study_one(subject: Subject, plan: StudyPlan) -> dict[str, xr.Dataset]:
             subject.once(stage, settings, partial(patch, reader.base, tuned, main, subject.probe, **given))
     if plan.opposite:
         other = replace(plan, side=SIDES[1 - SIDES.index(plan.side)])
-        where: tuple[Any, ...] = (plain, subject.out / "opposite", topics[: plan.opposite])
-        _sweep(subject, other, *where)
-        tuned |= _models(reader, other, *where, suffix=f" {other.side}")
+        folder, first = subject.out / "opposite", topics[: plan.opposite]
+        _sweep(subject, other, plain, folder, first)
+        tuned |= _models(reader, other, plain, folder, first, suffix=f" {other.side}")
     _judge(reader, plan, tuned, store)
     _report(subject, store, "report")
     if plan.after:
