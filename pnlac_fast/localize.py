@@ -83,6 +83,10 @@ def locate(
     ------
     UserError, StoreError
         A name does not exist, or what is asked for is not in the store and cannot be computed from what is given.
+
+    Notes
+    -----
+    PNLAC, arXiv 2508.02360: general neurons are in the top set of every topic, specific ones in that of one.
     """
     if contrast not in CONTRASTS:
         raise unknown("contrast", contrast, CONTRASTS)

@@ -121,6 +121,10 @@ def patch(
         a store, or answers, that are not there.
     RuntimeError
         A patched layer did not run in every pass, so that the result would not be what it says.
+
+    Notes
+    -----
+    Activation patching as in arXiv 2508.02360, and beside it the random neurons that say what a number means.
     """
     questions = paired(as_questions(data))
     for what, given, known in (("patch", kinds, KINDS), ("direction", directions, DIRECTIONS), ("set", sets, ALL_SETS)):

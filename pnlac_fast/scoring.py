@@ -118,6 +118,15 @@ def score(
         margin, and ``completion`` int8 (completion_side, question), the labels of each question's own first right and
         left completion, which say how good the judge is and how far a stance can go by it. Coordinates ``model``
         ("base" first), ``tuned_topic`` and ``side`` on run, ``topic`` and ``key`` on question.
+
+    Raises
+    ------
+    UserError, StoreError
+        A scorer is unknown or lacks what it needs, questions lack pairs, or the store cannot be read.
+
+    Notes
+    -----
+    S = (right - left) / (right + left + neither), as in arXiv 2402.11725 and 2508.02360.
     """
     scorers: list[str | Judge] = list(scorer) if isinstance(scorer, list | tuple) else [scorer]
     if store is not None:

@@ -181,6 +181,10 @@ def finetune(
         Settings, data, neurons or directories do not fit; the loss became infinite.
     Interrupted
         Ctrl-C; it says from where the same call would go on.
+
+    Notes
+    -----
+    InhibitFT, arXiv 2508.02360, is the mode "freeze"; "anchor" follows arXiv 2602.00767, "kl" arXiv 2508.06249.
     """
     for kind, value, known in (("method", method, METHODS), ("side", side, SIDES)):
         if value not in known:
