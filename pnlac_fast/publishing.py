@@ -61,8 +61,8 @@ def publish(path: str | Path, repo: str, *, private: bool | None = None, token: 
         hub.create_commit(repo, added, commit_message=f"{', '.join(list(files)[:1])} by {LIBRARY}")
     except (HTTPError, OSError, ValueError) as error:
         raise UserError(
-            f"'{repo}' cannot be written on the hub ({first_line(error)}): check the name and the connection, and log in "
-            f"with hf auth login or HF_TOKEN."
+            f"'{repo}' cannot be written on the hub ({first_line(error)}): check the name and the connection, and log "
+            f"in with hf auth login or HF_TOKEN."
         ) from error
     return where
 
