@@ -79,3 +79,9 @@ def base(world: Path) -> list[str]:
 def tuned(world: Path) -> list[str]:
     """``--tuned`` of both tuned models."""
     return ["--tuned", str(world / "tuned" / "race"), "--tuned", f"science={world / 'tuned' / 'science'}"]
+
+
+@pytest.fixture
+def cache(base: list[str], tuned: list[str], tmp_path: Path) -> list[Any]:
+    """A ``cache`` command that writes ``s.zarr``."""
+    return ["cache", *base, *tuned, "--out", tmp_path / "s.zarr"]
