@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,28 +76,18 @@ def attribute(
     """
     questions = paired(as_questions(data))
     base, models = open_models(model, tuned)
-    if not models:
-        raise UserError("There is no tuned model to attribute a change to: give at least one --tuned.")
-    if base.part.ranks > 1:
-        raise UserError(f"The neurons of '{base.name}' lie in several processes: load it without tp.")
     meter = Meter(base.device)
-    groups = by_topic(questions)
-    topics = list(groups)
+    topics = list(by_topic(questions))
     total = np.zeros((len(models), len(topics), len(base.blocks), base.width(site)))
-    shift = np.zeros((len(models), len(topics)))
-    for t, group in enumerate(groups.values()):
-        texts = prompts.encode(base.tokenizer, group, template, side="both", context=base.context)
-        weights = paired_weights(group, texts, normalise) / len(group)
-        ids = [text.ids for text in texts]
-        for batch in prompts.batches(ids, batch_tokens, padding_side="left", device=base.device):
-            index = list(batch.index)
-            lengths = [len(texts[i].ids) - texts[i].prompt for i in index]
-            weight = torch.tensor(weights[index])
-            stance, seen, gradient = _gradients(base, batch, lengths, weight, site)
-            for m, other in enumerate(models.values()):
-                change, moved = _products(other, batch, lengths, weight, site, seen, gradient)
-                total[m, t] += change
-                shift[m, t] += moved - stance
+
+    def fold(m: int, topic: str, _: np.ndarray, layer: int, product: Tensor) -> None:
+        total[m, topics.index(topic), layer] += product.sum(0).cpu().numpy()
+
+    options: dict[str, Any] = {"template": template, "normalise": normalise, "batch_tokens": batch_tokens}
+    margin = attributed(base, models, questions, fold, site=site, **options)
+    own = np.array([[q.topic == topic for q in questions] for topic in topics])
+    total /= own.sum(1)[:, None, None]
+    shift = (margin[1:] - margin[0]) @ own.T / own.sum(1)
     if not np.isfinite(total).all():
         raise UserError("An attribution is not finite: try --dtype float32, or check the weights of the models.")
     tuned_topics = [topic_of(m, name, topics) for name, m in models.items()]
@@ -124,10 +115,66 @@ def attribute(
     return result
 
 
+def attributed(
+    base: Model,
+    models: Mapping[str, Model],
+    questions: Sequence[Question],
+    fold: Callable[[int, str, np.ndarray, int, Tensor], None],
+    *,
+    site: str = "mlp_mid",
+    template: str = DEFAULT_TEMPLATE,
+    normalise: str = "token",
+    batch_tokens: int = 4096,
+) -> np.ndarray:
+    """Give every neuron's attribution on every text to ``fold``; returns the margins.
+
+    Parameters
+    ----------
+    fold
+        Called with the number of the tuned model, a topic, the places among ``questions`` that some texts of it belong
+        to, int64 [text], a layer, and the attributions of these texts, float64 [text, neuron] in nats. A question's is
+        the sum of those of its texts.
+
+    Returns
+    -------
+    numpy.ndarray
+        float64 [1 + model, question]: margins of base and of every tuned model.
+
+    Raises
+    ------
+    UserError
+        There is no tuned model, the base lies in several processes, or a text is longer than its context.
+    RuntimeError
+        A layer was not visited once in every pass.
+    """
+    if not models:
+        raise UserError("There is no tuned model to attribute a change to: give at least one --tuned.")
+    if base.part.ranks > 1:
+        raise UserError(f"The neurons of '{base.name}' lie in several processes: load it without tp.")
+    margin = np.zeros((1 + len(models), len(questions)))
+    for topic, group in by_topic(questions).items():
+        rows = np.array([i for i, question in enumerate(questions) if question.topic == topic])
+        texts = prompts.encode(base.tokenizer, group, template, side="both", context=base.context)
+        weights = paired_weights(group, texts, normalise)
+        owners = rows[[text.question for text in texts]]
+        ids = [text.ids for text in texts]
+        for batch in prompts.batches(ids, batch_tokens, padding_side="left", device=base.device):
+            index = list(batch.index)
+            lengths = [len(texts[i].ids) - texts[i].prompt for i in index]
+            weight, owner = torch.tensor(weights[index]), owners[index]
+            found, seen, gradient = _gradients(base, batch, lengths, weight, site)
+            np.add.at(margin[0], owner, found)
+            for m, other in enumerate(models.values()):
+                take = partial(fold, m, topic, owner)
+                moved = _products(other, batch, lengths, weight, site, seen, gradient, take)
+                np.add.at(margin[1 + m], owner, moved)
+    return margin
+
+
 def _gradients(
     model: Model, batch: Batch, lengths: Sequence[int], weight: Tensor, site: str
-) -> tuple[float, dict[int, Tensor], dict[int, Tensor]]:
-    """Weighted stance of a batch, its activations and its gradients, both by layer [sequence, position, neuron]."""
+) -> tuple[np.ndarray, dict[int, Tensor], dict[int, Tensor]]:
+    """What each sequence adds to a margin, and by layer activations and gradients [sequence, position, neuron]."""
     seen: dict[int, Tensor] = {}
     added: dict[int, Tensor] = {}
 
@@ -138,10 +185,10 @@ def _gradients(
 
     with torch.enable_grad(), model.tapped(site, visit):
         found = log_probabilities(model, batch, lengths)
-        stance = (weight.to(found.device) * found).sum()
+        stance = weight.to(found.device) * found
         _check_visits(model, added)
-        gradients = torch.autograd.grad(stance, list(added.values()))
-    return stance.item(), seen, dict(zip(added, gradients, strict=True))
+        gradients = torch.autograd.grad(stance.sum(), list(added.values()))  # no sequence reads another
+    return stance.detach().cpu().numpy(), seen, dict(zip(added, gradients, strict=True))
 
 
 def _products(
@@ -152,22 +199,24 @@ def _products(
     site: str,
     reference: Mapping[int, Tensor],
     gradient: Mapping[int, Tensor],
-) -> tuple[np.ndarray, float]:
-    """Sums of (b - a) dm/da, float64 [layer, neuron], and the weighted stance of a tuned model on a batch."""
-    sums: dict[int, np.ndarray] = {}
+    take: Callable[[int, Tensor], None],
+) -> np.ndarray:
+    """Give ``take`` each layer's sums of (b - a) dm/da over positions; returns what each sequence adds to a margin."""
+    visited: dict[int, bool] = {}
     real = batch.mask.bool()[..., None]
 
     def visit(layer: int, activation: Tensor) -> None:
         wide = activation.to(torch.promote_types(activation.dtype, torch.float32))
         product = (wide - reference[layer].to(wide)) * gradient[layer].to(wide)
         # Nothing attends to padding, so its gradient is 0; but what stands there need not be finite.
-        sums[layer] = torch.where(real.to(wide.device), product, 0).sum((0, 1), dtype=torch.float64).cpu().numpy()
+        take(layer, torch.where(real.to(wide.device), product, 0).sum(1, dtype=torch.float64))
+        visited[layer] = True
 
     with torch.inference_mode(), ExitStack() as stack:
         stack.enter_context(model.tapped(site, visit))
-        stance = weight @ log_probabilities(model, batch, lengths).cpu()
-    _check_visits(model, sums)
-    return np.stack([sums[layer] for layer in range(len(model.blocks))]), float(stance)
+        stance = weight * log_probabilities(model, batch, lengths).cpu()
+    _check_visits(model, visited)
+    return stance.numpy()
 
 
 def _check_visits(model: Model, by_layer: Mapping[int, Any]) -> None:

@@ -38,6 +38,7 @@ def locate(
     model: Model | str | Path | None = None,
     tuned: Mapping[str, Model | str | Path] | None = None,
     data: str | Path | Sequence[Question] | None = None,
+    probe: str | Path | Sequence[Question] | None = None,
     template: str = DEFAULT_TEMPLATE,
     normalise: str = "token",
     batch_tokens: int = 4096,
@@ -73,6 +74,9 @@ def locate(
     evidence, draws, seed
         Also write nulls and stability of the sets, as ``/results/evidence``: see
         :func:`pnlac_fast.evidence.evidence`. With a model and data, with the noise floor too.
+    probe
+        With the evidence, a model, tuned models and data: held-out questions on which the share of the shift is
+        computed that attribution ascribes to the sets, see :func:`pnlac_fast.set_attribution.attribute_sets`.
 
     Returns
     -------
@@ -98,8 +102,13 @@ def locate(
         raise UserError("Attribution needs a tuned model: leave out --contrast sides.")
     if evidence and (contrast == SIDES or score == ATTRIBUTION):
         raise UserError("Evidence comes from the sums of a store's units: give a score of moments, --contrast tuned.")
+    if probe is not None and not (evidence and model is not None and tuned and data is not None):
+        raise UserError("Held-out questions are for attribution in the evidence: give --model, --tuned and --data too.")
+    reading: dict[str, Any] = {"template": template, "batch_tokens": batch_tokens}
     if model is not None:
-        reading: dict[str, Any] = {"template": template, "batch_tokens": batch_tokens}
+        from pnlac_fast.loading import open_models
+
+        model, tuned = open_models(model, tuned or {})  # once for all that reads them
         _compute(store, contrast, methods, model, tuned, data, evidence, site, tokens, normalise, reading)
     moments = attributed = None
     if contrast == SIDES:
@@ -140,6 +149,13 @@ def locate(
         stores.write_result(store, "scores", score_table(keep_scores, moments, attributed, site=site, tokens=tokens))
     if evidence:
         _weigh(store, found, draws, seed)
+    if probe is not None:
+        from pnlac_fast.set_attribution import attribute_sets
+
+        assert model is not None
+        assert data is not None
+        given: dict[str, Any] = {"store": store, "draws": draws, "seed": seed, "normalise": normalise, **reading}
+        attribute_sets(model, tuned or {}, found, data, probe, **given)
     if out is not None:
         save_sets(sets, out)
     return found
@@ -201,18 +217,16 @@ def _compute(
         raise UserError("A model is there to read questions: give --data too, or leave out --model.")
     if contrast == SIDES:
         contrast_sides(model, data, store=store, sites=(site or "mlp_mid",), **reading)
-    elif ATTRIBUTION in methods:
+        return
+    if ATTRIBUTION not in methods and not evidence:
+        raise UserError("Scores of moments need no model: leave out --model, or give --score attribution.")
+    if evidence:
+        moments = stores.open_contrast(store)
+        site, tokens = site or str(moments["site"].values[0]), tokens or str(moments["tokens"].values[0])
+        noise_floor(model, data, store=store, site=site, tokens=tokens, **reading)
+    if ATTRIBUTION in methods:
         options: dict[str, Any] = {"site": site or "mlp_mid", "normalise": normalise}
         attribute(model, tuned or {}, data, store=store, **options, **reading)
-    elif evidence:
-        moments = stores.open_contrast(store)
-        at: dict[str, Any] = {
-            "site": site or str(moments["site"].values[0]),
-            "tokens": tokens or str(moments["tokens"].values[0]),
-        }
-        noise_floor(model, data, store=store, **at, **reading)
-    else:
-        raise UserError("Scores of moments need no model: leave out --model, or give --score attribution.")
 
 
 def _result(store: str | Path, name: str) -> xr.Dataset:

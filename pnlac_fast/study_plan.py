@@ -22,7 +22,10 @@ from pnlac_fast.sweeping import KNOWN
 
 EMBEDDED = ("testbed", "model", "demo")
 # What the study itself gives to a function, and no plan may.
-GIVEN = ("model", "tuned", "data", "out", "store", "neurons", "template", "progress", "overwrite", "training_data")
+GIVEN = (
+    *("model", "tuned", "data", "probe", "out", "store", "neurons"),
+    *("template", "progress", "overwrite", "training_data"),
+)
 DIRECTED = ("caft", "steer")  # rivals that need a store
 
 

@@ -29,12 +29,14 @@ from pnlac_fast.reporting import report
 from pnlac_fast.reporting.tables import patch_rows
 from pnlac_fast.scores import ATTRIBUTION
 from pnlac_fast.scoring import score
+from pnlac_fast.set_attribution import SET_ATTRIBUTION
 from pnlac_fast.side_effects import utility
 from pnlac_fast.study_plan import DIRECTED, StudyPlan, read_plan
 from pnlac_fast.study_subject import Subject, testbed_plan, testbed_subject
 from pnlac_fast.sweeping import SWEEP_FILE, plan_runs, sweep
 
 BOOTS = 2000
+PATCHED = ("patching", SET_ATTRIBUTION)  # results over whose runs the seeds are joined
 Methods = Mapping[str, Mapping[str, Any]]
 
 
@@ -116,21 +118,21 @@ def study(
     stores.create_results(over_all, provenance={"seeds": list(seeds), "plan": asdict(chosen)})
     training = join([result["training"] for result in results])
     stores.write_result(over_all, "training", training)
-    patching = xr.concat(
-        [_of_seed(result["patching"], seed) for result, seed in zip(results, seeds, strict=True)], "run"
-    )
-    stores.write_result(over_all, "patching", patching)
+    for kind in PATCHED:
+        if all(kind in result for result in results):
+            of_seeds = [_of_seed(result[kind], seed) for result, seed in zip(results, seeds, strict=True)]
+            stores.write_result(over_all, kind, xr.concat(of_seeds, "run"))
     page = report(over_all, out / "report", title=f"{name}, seeds {told}")
     return {
         "methods": [asdict(row) for row in compare(training, BOOTS)],
-        "patching": [asdict(row) for row in patch_rows(patching, BOOTS, 0)],
+        "patching": [asdict(row) for row in patch_rows(stores.open_result(over_all, "patching"), BOOTS, 0)],
         "page": str(page),
         "seconds": round(time.monotonic() - started, 1),
     }
 
 
 def study_one(subject: Subject, plan: StudyPlan) -> dict[str, xr.Dataset]:
-    """One seed of a study; returns its results "training" and "patching"."""
+    """One seed of a study; returns what is shown over all seeds, results by name."""
     topics = list(plan.topics or by_topic(subject.data))
     store, runs = subject.out / "store.zarr", subject.out / "runs"
     subject.out.mkdir(parents=True, exist_ok=True)
@@ -164,7 +166,8 @@ def study_one(subject: Subject, plan: StudyPlan) -> dict[str, xr.Dataset]:
     _report(subject, store, "report")
     if plan.after:
         _look_after(subject, plan, methods, runs, topics)
-    return {"training": training, "patching": stores.open_result(store, "patching")}
+    there = stores.list_results(store)
+    return {"training": training, **{kind: stores.open_result(store, kind) for kind in PATCHED if kind in there}}
 
 
 def _planned(subject: Subject, plan: StudyPlan, methods: Methods, topics: Sequence[str]) -> dict[str, Any]:
@@ -229,7 +232,7 @@ def _locate(
         given = dict(options)
         if options.get("evidence") or ATTRIBUTION in (options.get("score"), *options.get("keep_scores", ())):
             given |= {"model": subject.base, "tuned": tuned, "data": subject.data, "template": subject.template}
-            given |= _normalise(plan)
+            given |= _normalise(plan) | ({"probe": subject.probe} if options.get("evidence") else {})
         files[name].parent.mkdir(exist_ok=True)
         locate(store, out=files[name], **given)
 
@@ -281,6 +284,6 @@ def _normalise(plan: StudyPlan) -> dict[str, Any]:
 
 
 def _of_seed(patching: xr.Dataset, seed: int) -> xr.Dataset:
-    """Patched runs of one seed, its models told apart from those of the others."""
+    """Patched runs of one seed, told apart from those of the others."""
     names = np.array([f"{name}, seed {seed}" for name in patching["model"].values], dtype=object)
-    return patching.assign_coords(model=("run", names))
+    return patching.assign_coords(model=("run", names), seed=("run", np.full(len(names), seed)))

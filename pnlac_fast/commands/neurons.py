@@ -52,8 +52,9 @@ NORMALISE = "Log-probability per token (token), or of the whole completion (sum)
 )
 @names("--keep-scores", None, "Scores to write into the store too, as /results/scores.")
 @reading_options
-@option("--normalise", default="token", show_default=True, needs=("score", ("attribution",)), help=NORMALISE)
+@option("--normalise", default="token", show_default=True, needs=("model", ()), help=NORMALISE)
 @option("--evidence", is_flag=True, help="Hold the sets against halves of the questions, shuffled topics and tests.")
+@option("--probe", needs=("evidence", ()), help="Held-out questions, for what attribution ascribes to the sets.")
 @option("--draws", default=20, show_default=True, needs=("evidence", ()), help="Random halves and shuffles.")
 @option("--seed", default=0, show_default=True, needs=("evidence", ()))
 @option("-o", "--out", help="JSON file for the neuron sets.")
@@ -62,7 +63,7 @@ def locate(store: str, as_json: bool, **given: Any) -> None:
     """Find general and topic-specific neurons. With their overlap, and what chance would give.
 
     Attribution, the contrast of sides and the noise floor of the evidence are computed where a model is given, and else
-    read from the store.
+    read from the store. With --probe too, the evidence has what attribution ascribes to the sets.
     """
     from pnlac_fast import locate as run
     from pnlac_fast.evidence import open_summary

@@ -22,6 +22,7 @@ WORK = {
     "patching": "patching",
     "patching_curve": "patching, the curve",
     "attribution": "attribution",
+    "set_attribution": "attribution of the sets",
     "utility": "utility",
 }
 

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import pnlac_fast
 from pnlac_fast.reporting import intervention, observation, style, wording
+from pnlac_fast.reporting.attributed import attribution
 from pnlac_fast.reporting.contents import Contents, read_contents
 from pnlac_fast.reporting.costs import costs
 from pnlac_fast.reporting.drift import drift
@@ -32,7 +33,7 @@ PAPERS = (
 )
 
 # Sections with sentences at the head of the page, and how many: a sweep has one for every method.
-FINDINGS = {"shift": 6, "layers": 6, "patching": 6, "methods": 6, "scorers": 1, "utility": 6}
+FINDINGS = {"shift": 6, "layers": 6, "patching": 6, "attribution": 1, "methods": 6, "scorers": 1, "utility": 6}
 ARROW = " \u203a "
 
 
@@ -141,6 +142,7 @@ def build(contents: Contents, boots: int, seed: int) -> list[Section]:
         observation.overlap(contents),
         stability(contents, boots, seed),
         intervention.patching(contents, boots, seed),
+        attribution(contents, boots, seed),
         intervention.methods(contents, boots, seed),
         drift(contents),
         utility(contents, boots, seed),

@@ -57,7 +57,9 @@ def test_locate_computes_what_the_store_lacks(cli, world: Path, base, tuned, tmp
 def test_locate_with_evidence(cli, world: Path, base, tuned, tmp_path: Path) -> None:
     done(cli("cache", *base, *tuned, "--out", tmp_path / "s.zarr", "--unit-tokens", 20))
     asked = ["locate", tmp_path / "s.zarr", "--top", "40%", "--evidence", "--draws", 3, *base]
-    result = done(cli(*asked, "--json")).json
+    probed = ["--probe", base[base.index("--data") + 1], "--normalise", "sum"]
+    result = done(cli(*asked, *tuned, *probed, "--json")).json
+    assert stores.open_result(tmp_path / "s.zarr", "set_attribution").attrs["normalise"] == "sum"
     assert [row["model"] for row in result["evidence"]] == ["race", "science"]
     row = result["evidence"][0]
     assert row["general"] == next(s["share"] for s in result["sets"] if s["set"] == "general")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from pnlac_fast.errors import UserError
 from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.localize import locate
 from pnlac_fast.models import Model
-from pnlac_fast.neurons import choose, load_sets
+from pnlac_fast.neurons import choose, jaccard, load_sets
 from pnlac_fast.scores import toward_tuning
 from pnlac_fast.sides import contrast_sides
 from pnlac_fast.stance import margins
@@ -80,6 +81,57 @@ def test_the_sign_of_attribution_follows_the_tuning() -> None:
         assert (toward_tuning(result, "m") == sign).all()
         unknown = result.assign_coords(tuned_topic=("model", [""]))
         assert (toward_tuning(unknown, "m") == -sign).all()
+
+
+def test_attribution_of_sets_is_that_of_their_neurons_on_held_out_questions(
+    model_paths, adapter_paths, questions, tmp_path: Path
+) -> None:
+    from pnlac_fast.caching import cache
+
+    store, located, probe = tmp_path / "s.zarr", questions[::2], questions[1::2]
+    cache(model_paths["llama"], adapter_paths, located, store, unit_tokens=20)
+    base = load_model(model_paths["llama"], dtype="float32")
+    tuned = {name: load_tuned(base, path, name=name) for name, path in adapter_paths.items()}
+    inputs = {"model": base, "data": located, "probe": probe}
+    options = {"top": 0.4, "evidence": True, "draws": 3, "batch_tokens": 100}
+    sets = locate(store, tuned=tuned, **options, **inputs)
+    result = stores.open_result(store, "set_attribution")
+    assert "attribution" not in stores.list_results(store)  # one pair a question is no score of neurons
+    whole = attribute(base, tuned, probe)
+    first = [replace(q, right=q.right[:1], left=q.left[:1]) for q in located]
+    ranking = toward_tuning(attribute(base, tuned, first), "science").values
+    topics = list(dict.fromkeys(q.topic for q in located))
+    at = topics.index("science")
+    off_minus_on = np.delete(ranking, at, axis=0).mean(0) - ranking[at]
+    general = sets["science"].general
+    own = result.isel(run=(result["model"] == "science").values)
+    kinds = own["neurons"].values.tolist()
+    assert kinds == ["none", "tuned", "general", "specific", "top", "random", "random", "random", "attribution"]
+    assert [v is None for v in np.where(np.isnan(own["overlap"].values[:, 0]), None, 0)] == [True] * 2 + [False] * 7
+    members = {
+        "general": general.member,
+        "specific": sets["science"].specific["science"].member,
+        "attribution": off_minus_on >= np.sort(off_minus_on.ravel())[-len(general)],
+    }
+    for kind, member in members.items():
+        run = kinds.index(kind)
+        assert int(own["count"][run]) == member.sum()
+        assert float(own["overlap"][run, 0]) == pytest.approx(jaccard(member, general.member))
+        moved = own["margin"][run] - own["margin"][0]
+        for topic in topics:
+            expected = whole["attribution"].sel(model="science", topic=topic).values[member].sum()
+            assert float(moved[(own["topic"] == topic).values].mean()) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    ends = own["margin"].values[:2]
+    assert np.allclose(ends, [margins(base, probe), margins(tuned["science"], probe)], atol=1e-5)
+    on = float(own["recovered"].sel(part="on", bound="estimate")[2])
+    science = (own["topic"] == "science").values
+    assert on == pytest.approx(
+        float((own["margin"][2] - ends[0])[science].mean() / (ends[1] - ends[0])[science].mean())
+    )
+    with pytest.raises(UserError, match="located, race, science: give --tuned for each"):
+        locate(store, tuned={"race": tuned["race"]}, **options, **inputs)
+    with pytest.raises(UserError, match="attribution in the evidence: give --model, --tuned and --data too"):
+        locate(store, probe=probe)
 
 
 def test_sides_are_means_over_completions_paired_by_question(model_paths, questions) -> None:

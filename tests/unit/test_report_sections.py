@@ -19,6 +19,8 @@ from made_up_results import (
     curve_result,
     everything,
     evidence_result,
+    patching_result,
+    set_attribution_result,
     sets_and_contrast,
     stance_result,
     training_result,
@@ -27,6 +29,7 @@ from made_up_results import (
 )
 
 from pnlac_fast.reporting import neurons, style, tables, wording
+from pnlac_fast.reporting.attributed import attributed_rows, attributed_sentences
 from pnlac_fast.reporting.contents import Contents
 from pnlac_fast.reporting.costs import cost_sentences, costs, tuning_costs
 from pnlac_fast.reporting.curve import curve_sentences
@@ -61,6 +64,25 @@ def test_the_curve_tells_how_few_neurons_recover_half() -> None:
     assert curve_sentences(rows)[0].startswith("5\u00a0% of all neurons, the most general ones, recover more than half")
     few = [r for r in tables.patch_rows(curve_result(), 100, 0) if r.share < 0.04]
     assert "the most is 20\u00a0% [" in curve_sentences([*few, *few])[0]
+
+
+def test_attribution_is_told_beside_random_neurons_and_patching() -> None:
+    rows = {r.neurons: r for r in attributed_rows(set_attribution_result(), patching_result(directions=1), 200, 0)}
+    assert list(rows) == ["general", "specific", "attribution", "random"]
+    general, random = rows["general"], rows["random"]
+    assert general.off_topic.value == pytest.approx(0.54, abs=0.02)
+    assert general.on_topic.value == pytest.approx(0.39, abs=0.02)
+    assert general.patched_off_topic == general.off_topic  # the made-up attribution is what patching does
+    assert math.isnan(rows["attribution"].patched_off_topic.value)
+    assert (random.draws, random.off_topic.low < random.off_topic.value < random.off_topic.high) == (5, True)
+    first, second = attributed_sentences([*rows.values()])
+    assert first.startswith(f"Attribution ascribes {wording.percentage(general.off_topic)} of the off-topic and 39")
+    assert "over 5 draws) of the off-topic shift. Patching them recovered" in first
+    assert "overlap with the general ones by 0.20 (Jaccard), random ones" in second
+    assert second.endswith("more than chance in 6 of 6 tuned models.")
+    unclear = replace(general, off_topic=random.off_topic, patched_off_topic=rows["attribution"].patched_off_topic)
+    (told,) = attributed_sentences([unclear, random])
+    assert told.endswith("so the general neurons are not shown to carry more than random ones.")
 
 
 def test_stability_counts_the_models_that_differ_from_chance() -> None:

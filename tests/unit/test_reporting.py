@@ -46,7 +46,7 @@ def test_all_files_are_written_and_figures_are_large_enough(full: tuple[Path, Pa
     folder = full[1].parent
     names = {"shift", "neurons_by_layer", "score_by_layer", "overlap", "patching", "methods", "trajectories", "scorers"}
     names |= {"stability", "patching_curve", "utility", "agreement", "content_leak", "pareto", "doses", "method_shifts"}
-    names |= {"sets_by_layer", "drift", "each_run"}
+    names |= {"sets_by_layer", "drift", "each_run", "attribution"}
     for width, place in ((style.WIDE, folder / "figures"), (style.NARROW, folder / "figures" / "narrow")):
         assert {p.stem for p in place.glob("*.png")} == names
         for path in place.glob("*.png"):
@@ -75,6 +75,7 @@ def test_all_files_are_written_and_figures_are_large_enough(full: tuple[Path, Pa
         "each_run",
         "model_overlap",
         "drift",
+        "attribution",
     }
     assert {p.stem for p in (folder / "tables").glob("*.csv")} == tables_expected
 
@@ -82,14 +83,14 @@ def test_all_files_are_written_and_figures_are_large_enough(full: tuple[Path, Pa
 def test_page_loads_nothing_and_every_image_has_a_description(full: tuple[Path, Path]) -> None:
     html = full[1].read_text(encoding="utf-8")
     loads = re.findall(r'(?:src|srcset)="([^"]*)"', html)
-    assert len(loads) == 38
+    assert len(loads) == 40
     assert all(address.startswith("data:image/png;base64,") for address in loads)
     links = [a for a in re.findall(r'href="([^"]*)"', html) if not a.startswith("#")]
     assert links == ["https://arxiv.org/abs/2508.02360", "https://arxiv.org/abs/2402.11725"]
     assert html.count("http") == len(links)
     assert not re.search(r"<script|<link|@import|url\(", html)
     assert all(len(alt) > 40 for alt in re.findall(r'<img [^>]*alt="([^"]*)"', html))
-    assert html.count("<img ") == html.count("<figcaption>") == 19
+    assert html.count("<img ") == html.count("<figcaption>") == 20
     assert "<h1>A title</h1>" in html
     assert "What this store lacks" not in html
 

@@ -89,6 +89,8 @@ def test_a_study_is_done_once_and_grows(
     assert {"stance", "stance_classifier", "agreement", "patching", "patching_curve", "evidence", "utility"} < set(
         stores.list_results(one / "store.zarr")
     )
+    for name in ("patching", "set_attribution"):
+        assert set(stores.open_result(out / "study.zarr", name)["seed"].values) == {3, 4}
     stance = stores.open_result(one / "store.zarr", "stance")
     assert stance["model"].values.tolist() == ["base", *topics, f"{topics[0]} left"]
     assert set(stores.info(one / "after.zarr")["models"]) == {
