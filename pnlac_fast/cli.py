@@ -25,7 +25,12 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings=HELP)
 @click.version_option(__version__, prog_name="pnlac-fast")
 @click.option(
-    "--config", callback=config, is_eager=True, expose_value=False, help="TOML file with a table per command."
+    "--config",
+    type=click.Path(),
+    callback=config,
+    is_eager=True,
+    expose_value=False,
+    help="TOML file with a table per command.",
 )
 def commands() -> None:
     """Find the neurons by which a fine-tune on one topic moves the others; test them; keep them out of the fine-tune.

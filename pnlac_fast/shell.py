@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from click.shell_completion import CompletionItem
+from click.shell_completion import BashComplete, CompletionItem, FishComplete, ZshComplete, add_completion_class
 
 SCORES = ("rms", "std_rms", "mean_diff", "cohens_d", "welch_t", "paired_t", "attribution")
 
@@ -49,3 +49,62 @@ def offered(name: str, incomplete: str) -> list[CompletionItem]:
         before, comma, last = incomplete.rpartition(",")
         return [CompletionItem(f"{before}{comma}{word}") for word in WORDS[name] if word.startswith(last)]
     return [] if name in NO_FILES else [CompletionItem(incomplete, type="file")]
+
+
+class Bash(BashComplete):
+    """bash, which hands "name=value" over as three words."""
+
+    def get_completion_args(self) -> tuple[list[str], str]:
+        """Words before the one to complete, and that, as they were typed."""
+        args, incomplete = super().get_completion_args()
+        words: list[str] = []
+        for word in [*args, incomplete]:
+            if words and (word == "=" or words[-1].endswith("=")):
+                words[-1] += word
+            else:
+                words.append(word)
+        return words[:-1], words[-1]
+
+
+class Zsh(ZshComplete):
+    """zsh, which replaces a whole word, and would lose the "--option=" that stands in front of a value."""
+
+    source_template = ZshComplete.source_template.replace(
+        "_path_files -f", "_path_files -f || { compset -P 1 '*=' && _path_files -f }"
+    )
+
+    def get_completions(self, args: list[str], incomplete: str) -> list[CompletionItem]:
+        """What may stand in the place of the word to complete; of a file, which zsh completes by itself, the value."""
+        option, sign, _ = incomplete.partition("=")
+        front = option + sign if sign and option.startswith("--") else ""
+        return [
+            item if item.type == "file" else CompletionItem(front + item.value, item.type, item.help)
+            for item in super().get_completions(args, incomplete)
+        ]
+
+
+class Fish(FishComplete):
+    """fish, with what click's own script takes away: all behind a comma, what follows "--option=", the order."""
+
+    source_template = """\
+function %(complete_func)s
+    set -l front (string match --regex -- '^--[^=]+=' (commandline -ct); or echo '')
+    for offer in (env %(complete_var)s=fish_complete COMP_WORDS=(commandline -cp | string collect) \
+COMP_CWORD=(commandline -ct) %(prog_name)s)
+        set -l parts (string split --max 1 ',' -- $offer)
+        switch $parts[1]
+            case file
+                set -l typed (string replace -- $front '' (commandline -ct))
+                printf '%%s\\n' $front(complete --do-complete "'' $typed")
+            case plain
+                printf '%%s\\n' $front$parts[2]
+        end
+    end
+end
+
+complete --no-files --keep-order --command %(prog_name)s --arguments '(%(complete_func)s)'
+"""
+
+
+for _shell in (Bash, Zsh, Fish):
+    add_completion_class(_shell)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import click
+import pexpect
 import pytest
 
 from pnlac_fast.cli import commands, main
@@ -89,15 +91,81 @@ def test_the_words_are_those_of_the_library() -> None:
     assert set(WORDS) | set(NO_FILES) <= set(helped)
 
 
-def test_bash_takes_the_script(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+TYPED = [
+    ("cache --raw p", "pooled"),
+    ("cache --tokens last,c", "last,completion"),
+    ("cache --raw=p", "--raw=pooled"),
+    ("cache --model mo", "models/"),
+    ("cache --model=mo", "--model=models/"),
+    ("cache --tuned a=mo", "a=models/"),
+    ("--config n", "neurons.json"),
+]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home, with a folder to complete, and the program on the path."""
     program = Path(sys.executable).with_name("pnlac-fast")
-    if shutil.which("bash") is None or not program.exists():
-        pytest.skip("there is no bash, or the package is not installed as a program")
-    monkeypatch.setenv("_PNLAC_FAST_COMPLETE", "bash_source")
-    with pytest.raises(SystemExit):
-        main([])
-    typing = f"\nCOMP_WORDS=(pnlac-fast cache --raw p); COMP_CWORD=3; _pnlac_fast_completion {program}"
-    script = capsys.readouterr().out + typing + '; printf "%s\\n" "${COMPREPLY[@]}"'
-    monkeypatch.delenv("_PNLAC_FAST_COMPLETE")
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["pooled"]
+    if not program.exists():
+        pytest.skip("the package is not installed as a program")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "neurons.json").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    return tmp_path
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert not done.stderr
+    return done.stdout
+
+
+def documented(shell: str) -> str:
+    """The line for a shell's start-up file that the documentation gives."""
+    page = Path(__file__).parents[2] / "docs" / "quickstart.md"
+    (line,) = [line for line in page.read_text().splitlines() if f"={shell}_source" in line]
+    return line
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
+@pytest.mark.usefixtures("home")
+def test_bash_completes() -> None:
+    words = {
+        "cache --raw p": ("pooled", 3),
+        "cache --raw = p": ("pooled", 4),
+        "cache --raw = none --tokens = last,c": ("last,completion", 7),
+        "cache --model = mo": ("", 4),  # then bash completes a file
+    }
+    lines = [
+        f"COMP_WORDS=(pnlac-fast {typed}); COMP_CWORD={at}; COMPREPLY=(); "
+        'compopt() { :; }; _pnlac_fast_completion pnlac-fast; echo "${COMPREPLY[*]}"'
+        for typed, (_, at) in words.items()
+    ]
+    assert run("bash", "-c", "\n".join([documented("bash"), *lines])).splitlines() == [w for w, _ in words.values()]
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish")
+@pytest.mark.usefixtures("home")
+def test_fish_completes() -> None:
+    lines = [documented("fish"), *(f"complete --do-complete 'pnlac-fast {typed}'" for typed, _ in TYPED)]
+    assert run("fish", "-c", "\n".join(lines)).splitlines() == [wanted for _, wanted in TYPED]
+    helped = run("fish", "-c", f"{lines[0]}\ncomplete --do-complete 'pnlac-fast '").splitlines()
+    assert [line.split("\t")[0] for line in helped] == list(commands.commands)
+    assert "Show versions, devices and engines." in "\n".join(helped)
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh")
+def test_zsh_completes(home: Path) -> None:
+    """Typed on a terminal, because zsh completes nowhere else."""
+    start = f"autoload -Uz compinit && compinit -u\n{documented('zsh')}\nPS1='> '\nunsetopt zle_bracketed_paste\n"
+    # A key that shows the line as it is, between signs that nothing else prints.
+    show = "show() { print -r -- \"<<$BUFFER>>\"; BUFFER=; }; zle -N show; bindkey '^X' show\n"
+    (home / ".zshrc").write_text(f"{start}{show}")
+    shell = pexpect.spawn("zsh", ["-i"], encoding="utf-8", timeout=60, dimensions=(50, 200), env={**os.environ})
+    for typed, wanted in TYPED:
+        shell.send(f"pnlac-fast {typed}\t\x18")
+        shell.expect("<<(.*?)>>")
+        assert shell.match[1].rstrip() == f"pnlac-fast {typed.rpartition(' ')[0]} {wanted}".replace("  ", " ")
+    shell.close(force=True)
