@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from pnlac_fast.reporting.contents import Contents
 from pnlac_fast.reporting.forest import Mark, Panel, draw_forest
 from pnlac_fast.reporting.rows import Estimate
 from pnlac_fast.reporting.sections import Section, Shown, Table, absent
-from pnlac_fast.scores import scores
 
+HARDLY = 0.5  # three quarters of the neurons changed less than half as much
+NAMED = 4  # a sentence that lists more is not read
 COMMAND = "pnlac-fast cache --tuned PLAIN --tuned INHIBITED, then pnlac-fast locate"
 
 
@@ -24,9 +25,9 @@ COMMAND = "pnlac-fast cache --tuned PLAIN --tuned INHIBITED, then pnlac-fast loc
 class DriftRow:
     """One inhibited model beside the plain one of its topic, at the neurons that are general in the plain one.
 
-    `drift` is their change of activation over that in the plain model, both in units of base's standard deviation:
-    mean, least and most over probe topics. `overlap` is the Jaccard index of the general sets of the two models, beside
-    that of random sets with the same counts in every layer, mean and 97.5 % quantile.
+    `drift` is a neuron's change of activation over that of the same neuron in the plain model, both root mean squares
+    over the probe topics: median and quartiles over the neurons. `overlap` is the Jaccard index of the general sets of
+    the two models, beside that of random sets with the same counts in every layer, mean and 97.5 % quantile.
     """
 
     model: str
@@ -46,11 +47,11 @@ def drift(contents: Contents) -> Section:
     rows = drift_rows(contents)
     if not rows:
         return absent(key, title, COMMAND)
-    sentences = [drift_sentence(r) for r in rows]
+    sentences = drift_sentences(rows)
     figure = Shown(
         "drift",
-        f"{sentences[0]} Bars span the probe topics. The overlap with plain tuning\u2019s general neurons is that of "
-        "random ones where the change took another way.",
+        f"{sentences[0]} Dots are the median neuron, bars the middle half of them. The overlap with plain "
+        "tuning\u2019s general neurons is that of random ones where the change took another way.",
         "Drift by model: " + "; ".join(f"{r.model} {wording.percentage(r.drift)}" for r in rows) + ".",
         lambda width: draw_forest(_panels(rows), width),
     )
@@ -61,8 +62,8 @@ def drift(contents: Contents) -> Section:
         for r in rows
     ]
     caption = (
-        "Drift: change of the general neurons\u2019 activation over that in the plain model, in units of base\u2019s "
-        "standard deviation; brackets span the probe topics."
+        "Drift: change of a general neuron\u2019s activation (root mean square, all probe topics) over that of the "
+        "same neuron in the plain model; median, in brackets the quartiles."
     )
     return Section(key, title, sentences, [figure], [Table("drift", caption, header, cells, rows, words=3)])
 
@@ -81,9 +82,12 @@ def drift_rows(contents: Contents) -> list[DriftRow]:
         if method in ("", "plain") or name not in general or reference not in general:
             continue
         held = general[reference]
-        ratio = _moved(contents, name, held) / _moved(contents, reference, held)
+        plainly = _moved(contents, reference, held)
+        ratio = (_moved(contents, name, held) / np.where(plainly > 0, plainly, np.nan))[plainly > 0]
+        if not ratio.size:
+            continue
         shared = overlap(general[name], held)
-        found = Estimate(float(ratio.mean()), float(ratio.min()), float(ratio.max()))
+        found = Estimate(*map(float, np.quantile(ratio, (0.5, 0.25, 0.75))))
         count = int(general[name].sum())
         rows.append(
             DriftRow(name, method, topic, reference, found, count, shared.jaccard, shared.expected, shared.high)
@@ -92,26 +96,53 @@ def drift_rows(contents: Contents) -> list[DriftRow]:
 
 
 def _moved(contents: Contents, model: str, held: np.ndarray) -> np.ndarray:
-    """[topic], root mean square change of the held neurons in units of base's standard deviation."""
+    """[neuron], root mean square change of each held neuron over all probe topics.
+
+    In units of the activation: each neuron is compared with itself. Sums over neurons in units of base's standard
+    deviation are ruled by the few that hardly vary.
+    """
     assert contents.contrast is not None  # the caller has looked
-    one: xr.Dataset = neurons.selected(contents.contrast, contents.sets).sel(model=model)
-    one = one[["rms", "std_base", "n"]].load()
-    value = scores(one.isel(topic=(one["n"] > 0).values), "std_rms").transpose("topic", "layer", "neuron").values
-    own = value[:, held]
-    return np.sqrt(np.mean(np.where(np.isfinite(own), own, 0) ** 2, axis=1))
+    one: xr.Dataset = neurons.selected(contents.contrast, contents.sets).sel(model=model)[["rms", "n"]].load()
+    rms = one["rms"].isel(topic=(one["n"] > 0).values).transpose("topic", "layer", "neuron").values
+    return np.asarray(np.sqrt(np.mean(rms[:, held].astype("f8") ** 2, axis=0)))
 
 
-def drift_sentence(row: DriftRow) -> str:
-    """What became of the general neurons of plain tuning under one method."""
-    stayed = row.drift.high < 0.5
-    text = (
-        f"With {style.method_label(row.method)} ({style.pretty(row.model)}) the general neurons of plain tuning "
-        f"{'hardly moved' if stayed else 'still moved'}: {wording.percentage(row.drift)} of their change there"
-    )
-    if row.overlap > row.chance_high:
-        again = f"the neurons that are general now are partly the same (overlap {row.overlap:.2f}, random "
-        return f"{text}; {again}{row.chance:.2f})."
-    return f"{text}; other neurons are general now (overlap {row.overlap:.2f}, random {row.chance:.2f})."
+def drift_sentences(rows: Sequence[DriftRow]) -> list[str]:
+    """In which models the general neurons of plain tuning stayed, in which not, and whether others took their place."""
+    told = []
+    for act, own in (
+        ("hardly moved", [r for r in rows if r.drift.high < HARDLY]),
+        ("still moved", [r for r in rows if r.drift.high >= HARDLY]),
+    ):
+        if own:
+            median = [r.drift.value for r in own]
+            told.append(
+                f"The general neurons of plain tuning {act} in {_names(own)}: the median one changed "
+                f"{_span([100 * v for v in median], 0)}\u00a0% as much as there."
+            )
+    others = [r for r in rows if r.overlap <= r.chance_high]
+    same = [r for r in rows if r.overlap > r.chance_high]
+    if others:
+        told.append(
+            f"Other neurons are general now in {_names(others)}: they overlap with those of plain tuning no more than "
+            f"random ones do ({_span([r.overlap for r in others], 2)})."
+        )
+    if same:
+        told.append(
+            f"The general neurons are partly the same in {_names(same)}: they overlap by "
+            f"{_span([r.overlap for r in same], 2)}, random ones by {_span([r.chance for r in same], 2)}."
+        )
+    return told
+
+
+def _names(rows: Sequence[DriftRow]) -> str:
+    names = [f"\u201c{style.pretty(r.model)}\u201d" for r in rows]
+    return wording.listed(names) if len(names) <= NAMED else f"{wording.count(len(names))} models"
+
+
+def _span(values: Sequence[float], digits: int) -> str:
+    low, high = (wording.number(v, digits) for v in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _panels(rows: list[DriftRow]) -> list[Panel]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pnlac_fast.reporting import neurons, style, wording
@@ -62,8 +62,8 @@ def _tuning(tuned: Mapping[str, Mapping[str, Any]], base: str) -> str:
     how = ways[0] if len(ways) == 1 else f"{len(ways)} recipes, in the provenance below"
     return (
         f"{base or 'The base model'} was tuned {wording.count(len(made))} times, on "
-        f"{_list(map(style.pretty, topics))}, with the {_list(sides)} completions ({how}; "
-        f"{'seed' if len(seeds) == 1 else 'seeds'} {_list(seeds)})."
+        f"{wording.listed(map(style.pretty, topics))}, with the {wording.listed(sides)} completions ({how}; "
+        f"{'seed' if len(seeds) == 1 else 'seeds'} {wording.listed(seeds)})."
     )
 
 
@@ -106,7 +106,7 @@ def _scored(contents: Contents) -> str:
     apart = f"{shared} of them also located on" if shared else "none of them located on"
     known = f", {apart}" if contents.keys else ""
     words = ["paired log-probability of the completions" if s == "logprob" else f"the judge {s}" for s in scorers]
-    return f"Stance was scored on {len(asked)} questions{known}, by {_list(words)}."
+    return f"Stance was scored on {len(asked)} questions{known}, by {wording.listed(words)}."
 
 
 def _compared(contents: Contents) -> str:
@@ -125,7 +125,7 @@ def _compared(contents: Contents) -> str:
         f"{'was' if len(methods) == 1 else 'were'} compared over {wording.count(topics)} tuned "
         f"{'topic' if topics == 1 else 'topics'} and "
         f"{wording.count(seeds)} {'seed' if seeds == 1 else 'seeds'}, on {result.sizes['question']} probe questions "
-        f"that were not tuned on, at equal steps and where each first reached {_list(shares)} of "
+        f"that were not tuned on, at equal steps and where each first reached {wording.listed(shares)} of "
         "plain\u2019s on-topic shift."
     )
 
@@ -146,9 +146,3 @@ def _stored(contents: Contents) -> str:
 
 def _all(values: Iterable[Any]) -> list[str]:
     return list(dict.fromkeys(str(v) for v in values))
-
-
-def _list(words: Iterable[str]) -> str:
-    """``a, b and c``."""
-    every: Sequence[str] = list(words)
-    return " and ".join(filter(None, (", ".join(every[:-1]), every[-1])))

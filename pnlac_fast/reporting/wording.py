@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import xarray as xr
@@ -32,6 +32,12 @@ def sentence_case(text: str) -> str:
 def count(number: int) -> str:
     """A small count as a word."""
     return _WORDS[number] if number < len(_WORDS) else str(number)
+
+
+def listed(words: Iterable[str]) -> str:
+    """``a, b and c``."""
+    every = list(words)
+    return " and ".join(filter(None, (", ".join(every[:-1]), *every[-1:])))
 
 
 def number(value: float, digits: int = 2, *, signed: bool = False) -> str:

@@ -34,7 +34,7 @@ from pnlac_fast.reporting.contents import Contents
 from pnlac_fast.reporting.costs import cost_sentences, costs, tuning_costs
 from pnlac_fast.reporting.curve import curve_sentences
 from pnlac_fast.reporting.doses import dose_groups, dose_sentence
-from pnlac_fast.reporting.drift import drift, drift_rows, drift_sentence
+from pnlac_fast.reporting.drift import drift, drift_rows, drift_sentences
 from pnlac_fast.reporting.judges import (
     agreement,
     agreement_sentences,
@@ -48,6 +48,7 @@ from pnlac_fast.reporting.model_card import model_card
 from pnlac_fast.reporting.observation import shift
 from pnlac_fast.reporting.pareto import front, left, pareto
 from pnlac_fast.reporting.protocol import protocol
+from pnlac_fast.reporting.rows import Estimate
 from pnlac_fast.reporting.stability import stability_rows, stability_sentences
 from pnlac_fast.reporting.utility import utility_rows, utility_sentences
 from pnlac_fast.summary import summary
@@ -209,13 +210,39 @@ def test_drift_is_the_change_of_held_neurons_over_that_in_plain_tuning() -> None
     (row,) = drift_rows(held_still(0.25))
     assert (row.model, row.plain, row.method) == (TOPICS[1], TOPICS[0], "anchor")
     assert tuple(row.drift) == pytest.approx((0.25, 0.25, 0.25), rel=1e-5)
-    sentence = drift_sentence(row)
-    assert "hardly moved: 25\u00a0% [25,\u00a025] of their change there" in sentence
-    assert f"(overlap {row.overlap:.2f}, random {row.chance:.2f})" in sentence
-    assert "still moved: 90" in drift_sentence(drift_rows(held_still(0.9))[0])
+    stayed, other = drift_sentences([row])
+    assert "hardly moved in \u201cEconomy and inequality\u201d: the median one changed 25\u00a0% as much" in stayed
+    assert f"no more than random ones do ({row.overlap:.2f})." in other
+    alike = drift_sentences([replace(row, model=f"m{i}", overlap=0.4 + i / 10, chance=0.1) for i in range(5)])
+    assert alike[1] == (
+        "The general neurons are partly the same in five models: they overlap by 0.40 to 0.80, random ones by 0.10."
+    )
+    assert "still moved in \u201cEconomy" in drift_sentences(drift_rows(held_still(0.9)))[0]
+    away = drift_sentences([row, replace(row, model="kl", drift=Estimate(0.4, 0.3, 0.6), overlap=0.0)])
+    assert "still moved in \u201cKl\u201d: the median one changed 40\u00a0%" in away[1]
+    assert away[2].endswith(
+        "and \u201cKl\u201d: they overlap with those of plain tuning no more than random ones do (0.00"
+        f" to {row.overlap:.2f})."
+    )
+    assert "in \u201cEconomy and inequality\u201d:" in away[0]
+    alike = drift_sentences([replace(row, model=f"m{i}", overlap=0.4 + i / 10, chance=0.1) for i in range(5)])
+    assert alike[1] == (
+        "The general neurons are partly the same in five models: they overlap by 0.40 to 0.80, random ones by 0.10."
+    )
     section = drift(held_still(0.25))
     assert [figure.name for figure in section.figures] == ["drift"]
     assert len(section.figures[0].draw(style.NARROW).axes) == 2
+
+
+def test_drift_is_not_ruled_by_neurons_that_hardly_vary() -> None:
+    contents = held_still(0.25)
+    held = np.argwhere(contents.sets["member"].values[0])
+    std, rms = contents.contrast["std_base"].copy(), contents.contrast["rms"].copy()
+    for layer, neuron in held[: len(held) // 8]:  # they move much more than in plain tuning, in tiny units
+        std[..., layer, neuron] = 1e-6
+        rms[1, ..., layer, neuron] = 10 * rms[0, ..., layer, neuron]
+    (row,) = drift_rows(replace(contents, contrast=contents.contrast.assign(rms=rms, std_base=std)))
+    assert tuple(row.drift) == pytest.approx((0.25, 0.25, 0.25), rel=1e-5)
 
 
 def test_the_model_card_says_what_moved_and_survives_hostile_names(full: tuple[Path, Path], tmp_path: Path) -> None:
