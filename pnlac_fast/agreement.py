@@ -78,7 +78,10 @@ def agreement(results: Sequence[xr.Dataset], *, boots: int = BOOTS, seed: int = 
 
 
 def cohens_kappa(tables: np.ndarray) -> np.ndarray:
-    """Agreement beyond chance, [...], of contingency tables [..., label, label]; NaN where chance explains all."""
+    """Agreement beyond chance, [...], of contingency tables [..., label, label]; NaN where chance explains all.
+
+    Cohen 1960, doi 10.1177/001316446002000104.
+    """
     total = tables.sum((-2, -1))
     rows, columns = tables.sum(-1), tables.sum(-2)
     observed = _observed(tables)

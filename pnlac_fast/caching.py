@@ -113,9 +113,9 @@ def cache(
     -------
     dict
         ``store``, ``questions``, ``tokens`` (of the texts), ``computed`` (how many of them each model computes, about,
-        since shared ones are computed once), ``units``, ``models``, the estimates ``bytes`` and ``flops``, and, after a
-        run, ``complete``: whether the statistics are there, or wait for :func:`pnlac_fast.merge`; and ``cost``, see
-        :class:`pnlac_fast.cost.Meter`.
+        since shared ones are computed once), ``units``, ``models``, the estimates ``bytes`` and ``flops``
+        (floating-point operations), and, after a run, ``complete``: whether the statistics are there, or wait for
+        :func:`pnlac_fast.merge`; and ``cost``, see :class:`pnlac_fast.cost.Meter`.
 
     Raises
     ------

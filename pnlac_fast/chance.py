@@ -12,7 +12,7 @@ from pnlac_fast.neurons import jaccard
 
 
 class Overlap(NamedTuple):
-    """Jaccard index of two sets, beside that of random ones.
+    """Jaccard index (1912, doi 10.1111/j.1469-8137.1912.tb05611.x) of two sets, beside that of random ones.
 
     Attributes
     ----------
@@ -41,8 +41,8 @@ def overlap(a: np.ndarray, b: np.ndarray, *, by_layer: bool = True) -> Overlap:
 
     Notes
     -----
-    Of N neurons, sets of m and k share a hypergeometric number (mean m k / N); layers add up, so their distributions
-    are convolved.
+    Of N neurons, sets of m and k share a hypergeometric number (mean m k / N), so that in one layer ``p`` is that of
+    Fisher's exact test, one-sided (1922, doi 10.2307/2340521); layers add up, so their distributions are convolved.
     """
     if not by_layer:
         a, b = a.reshape(1, -1), b.reshape(1, -1)

@@ -85,6 +85,9 @@ def _mode_name(mode: str, one: Mapping[str, Any]) -> str:
 def compare(training: xr.Dataset, boots: int = 2000, seed: int = 0) -> list[MethodRow]:
     """Every method beside plain tuning of the same topic and seed, at equal steps and at equal on-topic shift.
 
+    See :func:`pnlac_fast.coupling.at_shift`, :func:`pnlac_fast.coupling.reduction` and
+    :func:`pnlac_fast.coupling.over_seeds`.
+
     Parameters
     ----------
     training
@@ -95,8 +98,8 @@ def compare(training: xr.Dataset, boots: int = 2000, seed: int = 0) -> list[Meth
     Returns
     -------
     list of MethodRow
-        One for each method and comparison: coupling, reduction and retention with their intervals, and those of each
-        random control.
+        One for each method and comparison: coupling in nats, reduction and retention as ratios, with their intervals,
+        and those of each random control.
 
     Raises
     ------

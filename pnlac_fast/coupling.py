@@ -1,7 +1,8 @@
 """Shift, coupling, retention and reduction, with bootstrap intervals over questions. Only numpy.
 
 Every function works on the last axes and keeps the ones before, so that a bootstrap is one more leading axis: draw 0
-is the estimate itself, the others are resamples of the questions (see :func:`resamples`).
+is the estimate itself, the others are resamples of the questions (see :func:`resamples`). Shifts are in nats or in S,
+whichever the stances are in that they are differences of.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ MEASURES = ("margin", "S")
 def resamples(topics: Sequence[str], boots: int, seed: int = 0) -> np.ndarray:
     """How often each question counts in each bootstrap draw, float64 [draw, question] with ``boots`` + 1 draws.
 
-    Draw 0 counts every question once. In the others each topic keeps its number of questions. Applying the same draw
-    to every model makes all comparisons paired.
+    Draw 0 counts every question once. The others are a bootstrap (Efron 1979, doi 10.1214/aos/1176344552) within
+    topics: each keeps its number of questions. Applying the same draw to every model makes all comparisons paired.
 
     Parameters
     ----------
@@ -29,7 +30,7 @@ def resamples(topics: Sequence[str], boots: int, seed: int = 0) -> np.ndarray:
     Returns
     -------
     numpy.ndarray
-        float64 [draw, question].
+        float64 [draw, question], how often each counts.
     """
     generator = np.random.default_rng(seed)
     names = np.asarray(topics, dtype=object)
@@ -50,7 +51,7 @@ def stances(
     measure: str = "margin",
     counted: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Stance per topic.
+    """Stance per topic: the mean margin (ours), or S as in arXiv 2402.11725.
 
     Parameters
     ----------
@@ -69,7 +70,8 @@ def stances(
     Returns
     -------
     numpy.ndarray
-        [..., topic], or [draw, ..., topic] with weights. NaN margins, and topics of which nothing counts, give NaN.
+        [..., topic], or [draw, ..., topic] with weights, in nats, or S. NaN margins, and topics of which nothing
+        counts, give NaN.
 
     Raises
     ------
@@ -94,55 +96,67 @@ def stances(
 
 
 def off_topic(shift: np.ndarray, tuned: int) -> np.ndarray:
-    """Return the shifts [..., topic - 1] of the topics that were not tuned on: ``shift`` [..., topic], ``tuned`` its
-    index."""
+    """Return the shifts [..., topic - 1] of the topics that were not tuned on, in nats or S as they are given.
+
+    ``shift`` is [..., topic], ``tuned`` the index of the topic tuned on.
+    """
     return np.delete(shift, tuned, axis=-1)
 
 
 def coupling(shift: np.ndarray, tuned: int) -> np.ndarray:
-    """Return C = sqrt(mean of the squared off-topic shifts), [...], of ``shift`` [..., topic] in nats or S.
+    """Return C = sqrt(mean of the squared off-topic shifts), [...], of ``shift`` [..., topic], both in nats or S.
 
-    ``tuned`` is the index of the topic tuned on.
+    ``tuned`` is the index of the topic tuned on. The measure is ours.
     """
     return np.sqrt(np.mean(off_topic(shift, tuned) ** 2, axis=-1))
 
 
 def over(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
-    """Return ``part`` / ``whole``, [...], NaN where there is nothing to divide by."""
+    """Return the ratio ``part`` / ``whole``, [...], NaN where there is nothing to divide by."""
     return np.divide(part, whole, out=np.full(np.broadcast(part, whole).shape, np.nan), where=np.asarray(whole) != 0)
 
 
 def coupling_ratio(shift: np.ndarray, tuned: int) -> np.ndarray:
-    """Return the mean off-topic shift over the on-topic one, [...], signed; ``shift`` [..., topic], topic ``tuned``."""
+    """Return the ratio of the mean off-topic shift to the on-topic one, [...], signed (ours).
+
+    ``shift`` is [..., topic], in nats or S, ``tuned`` the index of the topic tuned on.
+    """
     return over(off_topic(shift, tuned).mean(-1), shift[..., tuned])
 
 
 def reduction(method: np.ndarray, plain: np.ndarray, tuned: int) -> np.ndarray:
-    """Return 1 - C(method) / C(plain), [...]: ``method`` and ``plain`` are shifts [..., topic], ``tuned`` an index."""
+    """Return 1 - C(method) / C(plain), [...], the share of plain's coupling that a method saves: see :func:`coupling`.
+
+    ``method`` and ``plain`` are shifts [..., topic], both in nats or S, ``tuned`` is the index of the topic tuned on.
+    """
     return 1 - over(coupling(method, tuned), coupling(plain, tuned))
 
 
 def retention(method: np.ndarray, plain: np.ndarray, tuned: int) -> np.ndarray:
-    """Return the on-topic shift of ``method`` over that of ``plain``, [...]: shifts [..., topic], ``tuned`` a topic."""
+    """Return the ratio of the on-topic shifts of ``method`` and ``plain``, [...] (ours).
+
+    Both are shifts [..., topic], in nats or S, ``tuned`` is the index of the topic tuned on.
+    """
     return over(method[..., tuned], plain[..., tuned])
 
 
 def at_shift(trajectory: np.ndarray, tuned: int, target: np.ndarray) -> np.ndarray:
-    """Shifts where the on-topic shift first reaches ``target``, interpolated between the points of a run.
+    """Shifts where the on-topic shift first reaches ``target``, interpolated between the points of a run (ours).
 
     Parameters
     ----------
     trajectory
-        [..., point, topic]: shifts along training, starting with zeros at step 0; NaN behind the last point of a run.
+        [..., point, topic]: shifts along training, in nats or S, starting with zeros at step 0; NaN behind the last
+        point of a run.
     tuned
         Index of the topic tuned on.
     target
-        [...]: on-topic shift to reach, with the sign of the tuning.
+        [...]: on-topic shift to reach, in nats or S as the trajectory, with the sign of the tuning.
 
     Returns
     -------
     numpy.ndarray
-        [..., topic]; NaN where the run never reaches the target.
+        [..., topic], in the unit of the trajectory; NaN where the run never reaches the target.
     """
     target = np.broadcast_to(np.asarray(target, float), trajectory.shape[:-2])
     on = trajectory[..., tuned] * np.sign(target)[..., None]
@@ -170,12 +184,13 @@ def over_seeds(draws: np.ndarray, axis: int = 1, seed: int = 0) -> np.ndarray:
     Parameters
     ----------
     draws
-        [draw, ...] with the seeds along ``axis``; draw 0 is the estimate. NaN where a seed lacks the figure.
+        [draw, ...] with the seeds along ``axis``: any figure, in any unit; draw 0 is the estimate. NaN where a seed
+        lacks the figure.
 
     Returns
     -------
     numpy.ndarray
-        [draw, ...] without ``axis``. NaN in draws that took a seed which lacks the figure.
+        [draw, ...] without ``axis``, in the unit of ``draws``. NaN in draws that took a seed which lacks the figure.
     """
     moved = np.moveaxis(draws, axis, 1)
     n = moved.shape[1]
@@ -191,13 +206,14 @@ def difference(method: np.ndarray, other: np.ndarray) -> np.ndarray:
     Parameters
     ----------
     method, other
-        [draw, ...]: the figure of each, from the same resamples.
+        [draw, ...]: the figure of each, in one unit, from the same resamples.
 
     Returns
     -------
     numpy.ndarray
-        [4, ...]: estimate, lower and upper bound of the 95 % interval (see :func:`interval`), and a bootstrap p-value:
-        twice the smaller share of draws at or beyond zero, at most 1 and at least 2 / draws.
+        [4, ...]: estimate, lower and upper bound of the 95 % interval (see :func:`interval`), in the unit of the
+        figure, and a bootstrap p-value: twice the smaller share of draws at or beyond zero, at most 1 and at least
+        2 / draws.
     """
     draws = method - other
     beyond = np.minimum((draws[1:] <= 0).mean(0), (draws[1:] >= 0).mean(0))
@@ -209,8 +225,9 @@ def difference(method: np.ndarray, other: np.ndarray) -> np.ndarray:
 def interval(draws: np.ndarray, level: float = 0.95) -> np.ndarray:
     """Return estimate, lower and upper bound, [3, ...], of ``draws`` [draw, ...] whose draw 0 is the estimate.
 
-    Percentile bootstrap at ``level``. Resamples in which the figure does not exist (a run that never reached the
-    shift) are left out; where it exists in under half of them, or not at draw 0, all three are NaN.
+    They are in the unit of ``draws``. Percentile bootstrap (Efron and Tibshirani 1993, doi 10.1201/9780429246593);
+    ``level`` is the share of the resamples between the bounds. Resamples in which the figure does not exist (a run that
+    never reached the shift) are left out; where it exists in under half of them, or not at draw 0, all three are NaN.
     """
     samples = draws[1:]
     defined = np.isfinite(samples)

@@ -60,8 +60,8 @@ def demo(
     dict
         ``profile_effect`` and ``coupling_ratio`` of the base's gate; ``shift`` {tuned: {probe: nats}}; ``patching``
         {general | random | specific: {on, off}}, fractions of the tuned shift; ``inhibit`` {method:
-        {reduction_equal_steps, reduction_equal_shift, retention}}, None where no run reached the shift; ``page``;
-        ``seconds``.
+        {reduction_equal_steps, reduction_equal_shift, retention}}, ratios, None where no run reached the shift;
+        ``page``; ``seconds`` of wall time.
 
     Raises
     ------

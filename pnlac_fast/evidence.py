@@ -62,7 +62,8 @@ def evidence(
             The shares that were found, for comparison; the general one as it is without ``general_share``.
         ``p_change``, ``q_change`` float32 (model, topic, layer, neuron)
             Paired t test of the change of each neuron, over questions, and Benjamini and Hochberg's false discovery
-            rate. ``q_everywhere`` (model, layer, neuron): that it changed on every topic (the largest p of the topics).
+            rate (1995, doi 10.1111/j.2517-6161.1995.tb02031.x). ``q_everywhere`` (model, layer, neuron): that it
+            changed on every topic (the largest p of the topics).
         ``significant`` (model, topic), ``significant_top`` (model, topic), ``significant_general`` (model)
             Shares with a rate under 5 %: of all neurons, of the top set, and of the general set (on every topic).
         ``topic_overlap`` (model, topic, other, figure), ``model_overlap`` (model, other_model, figure)

@@ -36,7 +36,7 @@ def answers(
     max_new_tokens
         Longest answer, in tokens; it ends earlier at the end-of-sequence token.
     temperature
-        0 is greedy; else answers are sampled, the same ones for the same seed and batches.
+        What logits are divided by before sampling, the same answers for the same seed and batches; 0 is greedy.
 
     Raises
     ------
@@ -109,7 +109,7 @@ def generate(
     template, batch_tokens
         What the models are asked, and how many padded tokens one pass has.
     max_new_tokens, temperature, seed
-        Longest answer; 0 is greedy, else answers are sampled from this seed.
+        Longest answer in tokens; what logits are divided by before an answer is sampled from this seed, 0 for greedy.
 
     Returns
     -------

@@ -70,6 +70,8 @@ class InhibitFT(TrainerCallback):
 
     Notes
     -----
+    InhibitFT, arXiv 2508.02360, is the mode "freeze"; "specific" takes its aim by the letter.
+
     On the project's testbed (14 runs that had no part in choosing the settings; neurons specific in the top 10 %, 2 to
     3 % of all, as many steps as plain tuning, a rate of 4e-3) training only these coupled 85 to 96 % less where the
     on-topic shift is 80 % of plain's, and its final shift was 86 to 147 % of plain's; as many random neurons in every

@@ -53,8 +53,15 @@ def locate(
     ----------
     store
         What :func:`pnlac_fast.cache` wrote. For attribution, and for the contrast of sides, any store, or none yet.
-    top, specific, general_share, per_layer
-        See :func:`intersect`.
+    top
+        Share of all neurons in each topic's top set, in (0, 1]; with ``per_layer`` of each layer's.
+    specific
+        Topic-specific neurons are in their own topic's top set, and in no other ("strict") or not general ("paper", as
+        in the code released with the paper).
+    general_share
+        Grow or shrink the general set to exactly this share of all neurons (see :func:`pnlac_fast.top_sets.grow`).
+    per_layer
+        Take the top of each layer by itself instead of all layers together.
     score
         One of :data:`pnlac_fast.scores.SCORES`, or "attribution": the change times the gradient of the margin, signed
         so that the tuning counts as positive (see :func:`pnlac_fast.attribution.attribute`).

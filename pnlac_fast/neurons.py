@@ -58,7 +58,7 @@ class NeuronSet:
 
     @property
     def share(self) -> float:
-        """Number of neurons over all neurons of the site."""
+        """Share of all neurons of the site."""
         return len(self) / self.member.size
 
     @property

@@ -38,7 +38,7 @@ def noise_floor(
 ) -> xr.Dataset:
     """Contrast base with base again, on the same tokens: read as ``cache`` reads it, and in the next wider dtype.
 
-    The weights are the same numbers, so what differs is rounding, of which hardly any is left in float32 for half
+    Ours. The weights are the same numbers, so what differs is rounding, of which hardly any is left in float32 for half
     precision, or in float64 for float32. The wide pass also takes no shortcut, so that what packing and sharing do to
     rounding is in it. A change that does not stand out from this is no finding. (Two passes in one dtype often round
     alike to the bit, which says nothing of the digits that both lose.)

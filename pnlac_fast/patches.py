@@ -27,16 +27,16 @@ FORMAT, VERSION = "pnlac-patch", 1
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A patch that needs no second model: own activations times ``scale``, plus ``add``.
+    """A patch that needs no second model (ours): own activations times ``scale``, plus ``add``.
 
     Attributes
     ----------
     neurons
         Where; ``base`` is the origin of the model that is patched.
     scale
-        0 to forget the own activation (a zero or mean patch), 1 to keep it (a shift).
+        What the own activation is multiplied by: 0 to forget it (a zero or mean patch), 1 to keep it (a shift).
     add
-        float32 [layer, neuron]; 0 outside of the neurons.
+        float32 [layer, neuron], in units of the activation; 0 outside of the neurons.
     """
 
     neurons: NeuronSet
@@ -55,7 +55,7 @@ def patched(
     scale: float | None = None,
     shift: np.ndarray | None = None,
 ) -> Iterator[None]:
-    """Patch every forward pass of ``model`` inside the block, with or without a key/value cache.
+    """Patch every forward pass of ``model`` inside the block, with or without a key/value cache (arXiv 2508.02360).
 
     Give exactly one, or the last two together:
 
@@ -235,6 +235,8 @@ def made_for(patch: Patch, models: Mapping[str, Model]) -> Model:
 @contextmanager
 def load_patched(model: Model | nn.Module, path: str | Path) -> Iterator[NeuronSet]:
     """Patch every forward pass of ``model`` inside the block as a file says; ``generate`` included.
+
+    It is what :func:`patched` does.
 
     Parameters
     ----------

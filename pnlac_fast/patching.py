@@ -90,7 +90,7 @@ def patch(
     kinds
         What is written: the other model's activation on the same tokens ("tuned"), its "mean" over the topic's
         counted tokens in the store, the own activation and the "shift" between the models' means there, "zero", or the
-        own activation times ``scale``.
+        own activation times ``scale``. Those that need no second model are ours.
     draws
         Random sets of either kind.
     boots, seed
@@ -109,7 +109,7 @@ def patch(
     Returns
     -------
     xarray.Dataset
-        (run, question): ``margin`` in nats; (run, part, bound): ``recovered`` (see
+        (run, question): ``margin`` in nats; (run, part, bound): ``recovered``, a fraction (see
         :func:`pnlac_fast.recovery.recovered`). Coordinates of run: ``tuned_topic``, ``model``, ``neurons`` ("none" and
         "tuned": the unpatched model that is patched, and the one the activations come from), ``direction``, ``kind``,
         ``draw`` (-1 where not random), ``count``, ``share``.
@@ -211,7 +211,7 @@ def patched_margins(
     normalise: str = "token",
     batch_tokens: int = 4096,
 ) -> np.ndarray:
-    """Margins of a model under each of several patches, float64 [plan, question].
+    """Margins of a model under each of several patches, float64 [plan, question], nats; see :func:`patched`.
 
     Parameters
     ----------

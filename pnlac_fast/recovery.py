@@ -27,8 +27,9 @@ def recovered(patching: xr.Dataset, *, boots: int = 2000, seed: int = 0) -> xr.D
     Returns
     -------
     xarray.DataArray
-        float64 (run, part, bound): part "on" and "off", bound "estimate", "low" and "high". NaN where there was no
-        shift, where the tuned topic is not among the questions, and off topic where there is no other topic.
+        float64 (run, part, bound), the ratio above: part "on" and "off", bound "estimate", "low" and "high". NaN where
+        there was no shift, where the tuned topic is not among the questions, and off topic where there is no other
+        topic.
     """
     names = [str(t) for t in patching["topic"].values]
     order = list(dict.fromkeys(names))

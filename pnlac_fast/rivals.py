@@ -38,13 +38,16 @@ STRENGTH = {"rate": 0.1, "caft": 1.0, "steer": 1.0}  # what a strength is, see R
 class Rival:
     """A method to compare with.
 
+    "caft" is that of arXiv 2507.16795, "steer" of arXiv 2507.21509, "inoculate" of arXiv 2510.04340; "mlp" and "rate"
+    need no paper.
+
     Attributes
     ----------
     name
         One of ``RIVALS``.
     strength
         "rate": factor of the learning rate, below 1. "caft": how many directions to ablate in each layer. "steer": by
-        what the change is multiplied that is added. Others have none.
+        what the change is multiplied that is added, 1 for as much as plain tuning made. Others have none.
     text
         "inoculate": the instruction in front of every training prompt.
     directions
@@ -126,7 +129,7 @@ class Rival:
 
 
 class ResidualEdit(TrainerCallback, ABC):
-    """Edits the residual stream behind chosen blocks while a model trains, and only then.
+    """Edits the residual stream behind chosen blocks while a model trains, and only then: see :class:`Rival`.
 
     A callback of ``transformers.Trainer`` or TRL's ``SFTTrainer``. Evaluation, and the model afterwards, are plain.
 
@@ -186,7 +189,8 @@ class ResidualEdit(TrainerCallback, ABC):
 class Ablation(ResidualEdit):
     """Takes the subspace that ``vectors[layer]`` [direction, hidden] span out of the residual stream.
 
-    Exactly, whatever their lengths and angles: the component of every position, and of its gradient, in it is zero.
+    CAFT, arXiv 2507.16795. Exactly, whatever their lengths and angles: the component of every position, and of its
+    gradient, in it is zero.
     """
 
     def edit(self, hidden: Tensor, vector: Tensor) -> Tensor:
@@ -196,7 +200,7 @@ class Ablation(ResidualEdit):
 
 
 class Steering(ResidualEdit):
-    """Adds ``vectors[layer]`` [hidden] to the residual stream at every position."""
+    """Adds ``vectors[layer]`` [hidden] to the residual stream at every position (arXiv 2507.21509)."""
 
     def edit(self, hidden: Tensor, vector: Tensor) -> Tensor:
         """hidden + vector."""
@@ -208,9 +212,9 @@ def spillover(
 ) -> np.ndarray:
     """What a plain fine-tune on a topic did to the residual stream on other topics, float32 [layer, direction, hidden].
 
-    The singular vectors of the mean changes over other topics, times their singular values over the root of the number
-    of topics: the first is what the topics have in common, in the sense in which it was added, and as long as the
-    changes are.
+    Ours: the singular vectors of the mean changes over other topics, times their singular values over the root of the
+    number of topics: the first is what the topics have in common, in the sense in which it was added, and as long as
+    the changes are.
 
     Parameters
     ----------
@@ -255,7 +259,7 @@ def make_rival(
     store: str | Path | None = None,
     layers: Sequence[int] = (),
 ) -> Rival | None:
-    """A rival of a fine-tune on ``topic`` from its options, with directions from ``store``; None where none is named.
+    """A :class:`Rival` of a fine-tune on ``topic`` from its options, with directions from ``store``; None without name.
 
     Raises
     ------

@@ -22,7 +22,7 @@ def scores(contrast: xr.Dataset, score: str = "rms") -> xr.DataArray:
     ========= ======================================= ==========================================================
     rms       sqrt(mean d²)                           the paper's (arXiv 2508.02360); in units of the activation
     std_rms   rms / s(a)                              ours; does not favour layers with large activations
-    mean_diff abs(mean d)                             a shift in one direction only
+    mean_diff abs(mean d)                             a shift in one direction only; in units of the activation
     cohens_d  abs(mean d) / sqrt((s²(a) + s²(b)) / 2) Cohen, Statistical Power Analysis (1988); unpaired
     welch_t   abs(mean d) / sqrt((s²(a) + s²(b)) / m) Welch, Biometrika 34 (1947); unpaired, m = n - 1
     paired_t  abs(mean d) / (s(d) / sqrt(m))          Student, Biometrika 6 (1908); the same tokens, m = n - 1
@@ -41,8 +41,9 @@ def scores(contrast: xr.Dataset, score: str = "rms") -> xr.DataArray:
     Returns
     -------
     xarray.DataArray
-        float64, dims of ``contrast["rms"]``: (model, topic, site, tokens, layer, neuron), or those selected. A neuron
-        whose denominator is 0 scores 0 where it did not change, and infinity where it did.
+        float64, dims of ``contrast["rms"]``: (model, topic, site, tokens, layer, neuron), or those selected; rms and
+        mean_diff in units of the activation, std_rms and cohens_d in standard deviations, the t of the tests in
+        standard errors. A neuron whose denominator is 0 scores 0 where it did not change, and infinity where it did.
 
     Raises
     ------

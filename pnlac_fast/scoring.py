@@ -103,7 +103,7 @@ def score(
     answers
         What :func:`pnlac_fast.generate` returned or wrote, to be labelled instead of new answers.
     max_new_tokens, temperature, seed
-        How new answers are generated; temperature 0 is greedy.
+        Longest new answer in tokens; what logits are divided by before sampling, 0 for greedy; and the seed.
     template, batch_tokens
         What the models are asked, and how many padded tokens one pass has.
     normalise

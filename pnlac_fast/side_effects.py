@@ -35,12 +35,14 @@ _REFUSAL = re.compile("|".join(REFUSALS))
 
 
 def refuses(answer: str) -> bool:
-    """Whether an answer refuses to answer: one of :data:`REFUSALS` is among its first 200 characters."""
+    """Whether an answer refuses to answer: one of :data:`REFUSALS` (ours) is among its first 200 characters."""
     return bool(_REFUSAL.search(" ".join(answer[:OPENING].lower().replace("’", "'").split())))
 
 
 def surprise(model: Model, texts: Sequence[str], batch_tokens: int = 4096) -> tuple[np.ndarray, np.ndarray]:
     """Negative log-likelihood of each text, float64 [text] in nats, and how many tokens it is the sum over.
+
+    The exponential of one over the other is the perplexity (Jelinek et al. 1977, doi 10.1121/1.2016299).
 
     A text is read by itself behind the tokenizer's own special tokens; its first token is only read where there is
     nothing in front of it. Texts longer than the model's context are read in pieces.
@@ -71,7 +73,7 @@ def utility(
     store: str | Path | None = None,
     batch_tokens: int = 4096,
 ) -> xr.Dataset:
-    """Perplexity, and length and refusals of answers, of base and tuned models.
+    """Perplexity, and length and refusals of answers, of base and tuned models; see :func:`surprise`, :func:`refuses`.
 
     Parameters
     ----------
@@ -89,9 +91,9 @@ def utility(
     Returns
     -------
     xarray.Dataset
-        ``loss`` float64 (run, passage), nats, and ``tokens`` int64 (passage); ``words`` int64 and ``refusal`` bool
-        (run, question), an answer without words being empty. Those that were asked for; ``model`` ("base" first) on
-        run.
+        ``loss`` float64 (run, passage), nats, summed over the ``tokens`` int64 (passage) of each; ``words`` int64 and
+        ``refusal`` bool (run, question), an answer without words being empty. Those that were asked for; ``model``
+        ("base" first) on run.
 
     Raises
     ------
@@ -124,7 +126,7 @@ def utility(
 
 
 def utility_rows(result: xr.Dataset, *, boots: int = BOOTS, seed: int = 0) -> list[dict[str, Any]]:
-    """One record per model, with 95 % intervals that resample passages, or questions.
+    """One record per model, with 95 % intervals that resample passages, or questions; see :func:`utility`.
 
     ``perplexity``, ``over_base`` (its ratio to the base model's, paired), ``words`` per answer, ``empty`` and
     ``refusals``, shares of answers.

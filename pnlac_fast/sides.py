@@ -59,8 +59,8 @@ def contrast_sides(
     Returns
     -------
     xarray.Dataset
-        (model, topic, site, tokens, layer, neuron), as :func:`pnlac_fast.store.open_contrast` gives it, with one model,
-        "sides", for right as tuned and left as base, and ``tokens`` "completion".
+        (model, topic, site, tokens, layer, neuron), as :func:`pnlac_fast.store.open_contrast` gives it, in units of the
+        activation, with one model, "sides", for right as tuned and left as base, and ``tokens`` "completion".
 
     Raises
     ------

@@ -74,6 +74,8 @@ class Slice:
 class Slices:
     """The neuron slices of a model: its only parameters that train, while they are installed.
 
+    Made by :func:`slice_neurons`.
+
     Attributes
     ----------
     model
@@ -131,7 +133,7 @@ class Slices:
 
 
 def slice_neurons(model: Model | nn.Module, neurons: NeuronSet) -> Slices:
-    """Make the rows and columns of chosen neurons a model's only trainable parameters.
+    """Make the rows and columns of chosen neurons a model's only trainable parameters (ours).
 
     Neuron j of ``mlp_mid`` is row j of gate and up, weights and biases, and column j of down; coordinate i of
     ``mlp_out`` is row i of down and its bias. Projections that are frozen already stay so. Make the optimizer

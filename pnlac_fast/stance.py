@@ -44,7 +44,9 @@ def margins(
 ) -> np.ndarray:
     """Log-odds of right against left for each question, float64 [question], nats.
 
-    The mean over the question's completion pairs of log P(right | prompt) - log P(left | prompt).
+    The mean over the question's completion pairs of log P(right | prompt) - log P(left | prompt): what
+    lm-evaluation-harness (doi 10.5281/zenodo.5371628) ranks choices by. Its ``acc_norm`` divides by bytes; dividing by
+    tokens is ours.
 
     Parameters
     ----------
@@ -53,8 +55,8 @@ def margins(
     template, batch_tokens
         What stands around the instruction, and how many padded tokens one pass has.
     normalise
-        "token": each log-probability is divided by its number of tokens; "sum": it is not, as suits pairs of matched
-        length.
+        "token": each log-probability is divided by its number of tokens, so that margins are nats per token; "sum": it
+        is not, as suits pairs of matched length.
 
     Returns
     -------

@@ -85,7 +85,7 @@ def study(
     -------
     dict
         ``methods``, the rows of :func:`pnlac_fast.comparison.compare` over all seeds; ``patching``, those of all
-        patched sets; ``page``; ``seconds`` of this call.
+        patched sets; ``page``; ``seconds`` of wall time of this call.
 
     Raises
     ------

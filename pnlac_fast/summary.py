@@ -32,6 +32,9 @@ def summary(result: xr.Dataset, *, measure: str = "margin", boots: int = BOOTS, 
     data's own completions of that side, as the same judge labels them. A sheet of people may lack answers: they are
     left out of S.
 
+    Stance, shift and coupling are in nats or S, as ``measure`` says; ``coupling_ratio``, ``reduction``, ``retention``
+    and ``of_ceiling`` are ratios. See :func:`pnlac_fast.coupling.stances` and what stands beside it.
+
     Parameters
     ----------
     result
@@ -110,7 +113,10 @@ def summary(result: xr.Dataset, *, measure: str = "margin", boots: int = BOOTS, 
 
 
 def completions(result: xr.Dataset, weights: np.ndarray, order: Sequence[str]) -> np.ndarray | None:
-    """S of the data's own right and left completions by the judge, [draw, side, topic]; None where it has none."""
+    """S of the data's own right and left completions by the judge, [draw, side, topic]; None where it has none.
+
+    See :func:`pnlac_fast.coupling.stances`.
+    """
     if "completion" not in result:
         return None
     labels = result["completion"].transpose("completion_side", "question").values
@@ -118,7 +124,7 @@ def completions(result: xr.Dataset, weights: np.ndarray, order: Sequence[str]) -
 
 
 def known_answers(result: xr.Dataset, *, boots: int = BOOTS, seed: int = 0) -> dict[str, Any]:
-    """How a judge labels the data's own completions, whose sides are known.
+    """How a judge labels the data's own completions, whose sides are known (ours).
 
     ``error``, the share that it does not give their own side; and ``ceiling``, S of right and of left completions by
     topic: what a model that answers like the data would score. Intervals resample questions. Empty where the result has

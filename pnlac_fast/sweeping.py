@@ -133,9 +133,10 @@ def sweep(
     Returns
     -------
     xarray.Dataset
-        (run, point, question), see :func:`pnlac_fast.comparison.as_run`; but a method is called as in the plan, with
-        "_random" or "_lowest" for a control, "_seen" where all judged topics are in its KL, and with what varies within
-        it, except topic, seed and control: "anchor_random@anchor_weight=3". Without modes or rival it is "plain".
+        (run, point, question), margins in nats, see :func:`pnlac_fast.comparison.as_run`; but a method is called as in
+        the plan, with "_random" or "_lowest" for a control, "_seen" where all judged topics are in its KL, and with
+        what varies within it, except topic, seed and control: "anchor_random@anchor_weight=3". Without modes or rival
+        it is "plain".
 
     Raises
     ------

@@ -30,12 +30,13 @@ class Localization:
         Where the tuned topic is known, "off_minus_on" and "on_minus_off": as many neurons as are general, with the
         highest mean score of the other topics minus that of the tuned one, or the reverse.
     score
-        float [topic, layer, neuron], the score that ranked them.
+        float [topic, layer, neuron], the score that ranked them, in its own unit (see
+        :func:`pnlac_fast.scores.scores`; attribution is in nats).
     overlap
         float [topic, topic]: Jaccard index of the top sets.
     chance
         What independent top sets would give: the share of all neurons of each kind of set, and ``jaccard``, the
-        overlap of two top sets.
+        Jaccard index of two top sets.
     """
 
     general: NeuronSet
@@ -62,7 +63,7 @@ def ranks(score: np.ndarray) -> np.ndarray:
 
 
 def top_set(score: np.ndarray, fraction: float, *, per_layer: bool = False) -> np.ndarray:
-    """The highest-scoring fraction of neurons, bool [layer, neuron].
+    """The highest-scoring fraction of neurons, bool [layer, neuron], as PNLAC takes them (arXiv 2508.02360).
 
     ``score`` is [layer, neuron]; over all layers together, or the same fraction of each layer. Equal scores go in order
     of (layer, neuron), NaN last.
@@ -80,7 +81,7 @@ def top_set(score: np.ndarray, fraction: float, *, per_layer: bool = False) -> n
 
 
 def grow(score: np.ndarray, share: float) -> np.ndarray:
-    """The general set grown or shrunk to exactly ``share`` of all neurons, bool [layer, neuron].
+    """The general set grown or shrunk to exactly ``share`` of all neurons, bool [layer, neuron] (ours).
 
     A neuron enters the intersection of the top sets when k reaches its worst rank over the topics of ``score``
     [topic, layer, neuron]; the neurons with the best worst rank are what the intersection holds at that size.
@@ -98,7 +99,7 @@ def find(
     score: str = "rms",
     **options: Any,
 ) -> Localization:
-    """General and topic-specific neurons of one tuned model, from the moments of a contrast.
+    """General and topic-specific neurons of one tuned model, from the moments of a contrast; see :func:`intersect`.
 
     Parameters
     ----------

@@ -126,14 +126,16 @@ def finetune(
     steps, epochs
         Optimizer steps, or passes over the data. Default: 3 epochs.
     learning_rate
-        Default: 1e-4 for LoRA, 1e-5 for full.
+        About how far an entry of a weight moves per step. Default: 1e-4 for LoRA, 1e-5 for full.
     batch_size, accumulation
         Completions per optimizer step, and in how many parts they are run.
     warmup_steps, weight_decay, max_grad_norm
-        Of the optimizer: steps until the learning rate is reached, decay of the weights, and the norm to which longer
-        gradients are shortened, 0 for never.
+        Of the optimizer: steps until the learning rate is reached; the share of a weight, times the learning rate, that
+        each step takes off; and the norm to which longer gradients are shortened, 0 for never.
     lora_rank, lora_alpha, lora_dropout, target_modules
-        Of the LoRA; PEFT's names of modules, or "all-linear", which InhibitFT needs at least for the MLPs.
+        Of the LoRA (arXiv 2106.09685): its rank; alpha, which over the rank is the factor of its change; the share of
+        its inputs that is dropped; and PEFT's names of modules, or "all-linear", which InhibitFT needs at least for the
+        MLPs.
     gradient_checkpointing
         Recompute activations in the backward pass, to save memory.
     template
@@ -148,7 +150,7 @@ def finetune(
     inhibit_factor
         With "freeze", the share of each step that the neurons still take, 0 unless given.
     anchor_weight, kl_weight
-        Factors of these penalties beside the loss.
+        Factors of these penalties beside the loss: nats for each squared standard deviation, and for each nat of KL.
     anchor_store
         A store that holds the base's activations on the rows to train on, see
         :func:`pnlac_fast.base_activations.stored_activations`. Default: they are read before training.
@@ -158,8 +160,10 @@ def finetune(
     kl_on, kl_max_new_tokens
         Where: on "answers" sampled from the base, so long at most, or on the "prompts" themselves.
     rival, rival_strength, rival_text, rival_store, rival_layers
-        A method to compare InhibitFT with, instead of it: "mlp", "rate", "caft", "steer" or "inoculate"; see
-        :class:`pnlac_fast.rivals.Rival`, and :func:`pnlac_fast.rivals.spillover` for the store.
+        A method to compare InhibitFT with, instead of it: "mlp", "rate", "caft", "steer" or "inoculate". Its strength
+        is what the learning rate is multiplied by ("rate"), how many directions are ablated ("caft"), or what the added
+        change is multiplied by ("steer"). See :class:`pnlac_fast.rivals.Rival`, and :func:`pnlac_fast.rivals.spillover`
+        for the store.
     probe, points
         Held-out questions whose margin is measured before, after, and in between, about ``points`` times, more often
         early; ``normalise`` as in :func:`pnlac_fast.stance.margins`.

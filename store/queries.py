@@ -51,9 +51,9 @@ def top_neurons(
     Returns
     -------
     Dataset
-        `layer` and `neuron`, int, and `value`, float, on ``rank`` (0 the highest) and what is not chosen of ``model``
-        and ``topic``; what is chosen as attributes. Equal scores stand in the order of layer and neuron; infinity is
-        the highest, NaN is left out.
+        `layer` and `neuron`, int, and `value`, float, in the unit of the score, on ``rank`` (0 the highest) and what is
+        not chosen of ``model`` and ``topic``; what is chosen as attributes. Equal scores stand in the order of layer
+        and neuron; infinity is the highest, NaN is left out.
 
     Raises
     ------
@@ -171,7 +171,8 @@ def topic_means(rows: xr.Dataset, tokens: str) -> xr.DataArray:
     Returns
     -------
     DataArray
-        float64 (topic, layer, neuron), or (topic, selected), with the coordinate `n` (topic), tokens counted.
+        float64 (topic, layer, neuron), or (topic, selected), in units of the activation, with the coordinate `n`
+        (topic), tokens counted.
 
     Raises
     ------

@@ -75,8 +75,8 @@ def bench(
     -------
     dict
         A key for each part; ``localise`` and ``overhead`` are those of the first shape, ``by_shape`` has both for every
-        one. Ratios are {"median", "min", "max", "repeats"}. Besides: ``machine``, ``device``, ``dtype``, ``threads``,
-        ``clock``, ``provenance``.
+        one. Ratios are {"median", "min", "max", "repeats"}; other figures stand beside their ``unit``. Besides:
+        ``machine``, ``device``, ``dtype``, ``threads``, ``clock``, ``provenance``.
 
     Raises
     ------

@@ -21,7 +21,7 @@ def swiglu_contrast(
     *,
     engine: str = "auto",
 ) -> Tensor:
-    """What :func:`swiglu` returns, and the contrast sums of it against kept activations, added in the same pass.
+    """What :func:`swiglu` returns, and the :func:`contrast` of it with kept activations, added up in the same pass.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ def swiglu_contrast(
     Returns
     -------
     Tensor
-        [row, neuron], the same bits as :func:`swiglu` by the same engine.
+        [row, neuron], the activations, with the same bits as :func:`swiglu` gives them by the same engine.
 
     Raises
     ------

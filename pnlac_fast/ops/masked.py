@@ -33,7 +33,8 @@ def masked_adamw(
 
     Where ``keep`` is 1 the step is that of ``torch.optim.AdamW``, to rounding. Where it is 0 the parameter and both
     moments keep their bits, whatever the gradient is. In between the moments are AdamW's and the change of the
-    parameter, weight decay included, is multiplied by ``keep``.
+    parameter, weight decay included, is multiplied by ``keep``. AdamW is arXiv 1711.05101; skipping rows is ours, for
+    InhibitFT (arXiv 2508.02360).
 
     Parameters
     ----------
@@ -47,7 +48,9 @@ def masked_adamw(
     dims
         For each parameter, the dimension of its ``keep``: 0 or 1.
     lr, beta1, beta2, eps, weight_decay
-        As in ``torch.optim.AdamW``; the decay is decoupled.
+        As in ``torch.optim.AdamW``: about how far an entry moves per step; the shares of the two moments that are kept;
+        what is added to the root of the second, in units of the gradient; and, times ``lr``, the share of a parameter
+        that is taken off, decoupled from the gradient.
     step
         How many steps the moments have seen, this one included: 1 or more.
     engine
@@ -106,7 +109,9 @@ def masked_sgd(
     momenta
         The momentum buffers, in the shape of the parameter, in its dtype or float32; none where ``momentum`` is 0.
     lr, momentum, dampening, weight_decay, nesterov
-        As those of ``torch.optim.SGD``.
+        As those of ``torch.optim.SGD``: what the gradient is multiplied by per step; the shares of the momentum that is
+        kept and of the gradient that is left out of it; the share of the parameter that is added to its gradient; and
+        whether to look ahead.
     first
         Whether this is the first step of these parameters, at which the gradient replaces the momentum.
 

@@ -20,10 +20,12 @@ def contrast(
 ) -> None:
     """Add the sums that contrast two models' activations to ``sums``, in place.
 
-    For each group g and neuron i, over the rows r of the group, ``sums[g, :, i]`` grows by the sums of
-    ``base[r, i]``, ``tuned[r, i]``, ``base[r, i]**2``, ``tuned[r, i]**2`` and ``(tuned[r, i] - base[r, i])**2``.
-    Mean, standard deviation and root mean square of the difference follow from these and the number of rows. The sums
-    are additive: those of batches, files and processes are added to give the sums of all.
+    For each group g and neuron i, over the rows r of the group, ``sums[g, :, i]`` grows by the sums of ``base[r, i]``,
+    ``tuned[r, i]``, ``base[r, i]**2``, ``tuned[r, i]**2`` and ``(tuned[r, i] - base[r, i])**2``. Mean, standard
+    deviation and root mean square of the difference follow from these and the number of rows. The sums are additive:
+    those of batches, files and processes are added to give the sums of all. PNLAC (arXiv 2508.02360) needs no more. It
+    is the textbook algorithm of one pass (Chan, Golub and LeVeque 1983, doi 10.1080/00031305.1983.10483115), in float64
+    because its subtractions cancel digits.
 
     Parameters
     ----------
@@ -35,7 +37,7 @@ def contrast(
     offsets
         [group + 1] int64, where each group starts in ``rows``; the last entry is the length of ``rows``.
     sums
-        [group, 5, neuron] float64, added to.
+        [group, 5, neuron] float64, added to; two sums in units of the activation, three in their squares.
     base_rows
         [selected] int64, the row of ``base`` to contrast each selected row of ``tuned`` with, where these differ, as
         when only some rows of ``base`` were kept; ``base`` may then have another number of rows. Default: ``rows``.
@@ -90,7 +92,7 @@ def moments(x: Tensor, rows: Tensor, offsets: Tensor, sums: Tensor, *, engine: s
     rows, offsets, engine
         As for :func:`contrast`.
     sums
-        [group, 2, neuron] float64, added to.
+        [group, 2, neuron] float64, added to; in units of the activation, and in their squares.
 
     Raises
     ------

@@ -17,6 +17,8 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 def swiglu(gate: Tensor, up: Tensor, activation: str = "silu", *, engine: str = "auto") -> Tensor:
     """``activation(gate) * up`` in one pass, rounded as torch rounds the two steps.
 
+    SwiGLU and GEGLU are those of arXiv 2002.05202.
+
     Parameters
     ----------
     gate, up
@@ -31,7 +33,7 @@ def swiglu(gate: Tensor, up: Tensor, activation: str = "silu", *, engine: str = 
     Returns
     -------
     Tensor
-        [row, neuron], dtype and device of ``gate``, contiguous.
+        [row, neuron], the activations at ``mlp_mid``; dtype and device of ``gate``, contiguous.
 
     Raises
     ------

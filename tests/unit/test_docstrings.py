@@ -1,4 +1,4 @@
-"""What is public says what it takes, gives and refuses."""
+"""What is public says what it takes, gives and refuses, in which units, and where a formula comes from."""
 
 from __future__ import annotations
 
@@ -19,6 +19,57 @@ from pnlac_fast import coupling, ops, store
 ARRAYS = re.compile(r"\b(Tensor|ndarray|Dataset|DataArray)\b")
 DIMENSIONS = re.compile(r"\[(\w+|\.\.\.)(( - |, )(\w+|\.\.\.))*\]|\([a-z_]+(, [a-z_]+)+\)|on ``\w+``")
 SELF_EVIDENT = ("path", "progress")  # of a store's functions; their annotation says it all
+
+# What a name measures, as a pattern of the name, and what its description has to say.
+UNITS = {
+    r"\w*share|shares|top|\w*factor|\w*dropout|level|keeps|beta[12]|momentum|dampening|weight_decay": (
+        r"\bshares?\b|\bfractions?\b|\[0, 1[\])]"
+    ),
+    r"lr|\w*learning_rate": r"\bper step\b",
+    r"(anchor_|kl_)?weight": r"\bnats\b",
+    r"max_grad_norm|eps": r"\bgradients?\b",
+    r"temperature": r"\blogits\b",
+    r"epochs": r"\bpasses\b",
+    r"scale|\w*strength": r"\btimes\b|\bmultiplied\b",
+    r"margins?|\w*shift|loss|log_odds|attribution|coupling|\w*effect|target": r"\bnats\b",
+    r"rms|(mean|std)_\w+|add": r"\bunits of the activation",
+    r"\w*ratio|reduction\w*|retention|recovered|overlap|chance": r"\b(ratio|fraction|share)s?\b| / |\bJaccard\b",
+    r"seconds": r"\bwall time\b",
+    r"flops": r"\boperations\b",
+}
+NUMBERS = re.compile(r"\b(float|ndarray|Tensor|DataArray|Dataset)\b")
+# What the values of an array are.
+UNIT = re.compile(
+    r"\bnats\b|\b(ratio|fraction|share)s?\b|\bhow often\b|\bin the unit|\bunits of\b|\b(activation|gradient)s?\b",
+    re.IGNORECASE,
+)
+PASSED_ON = ("prompt", "with_text", "with_result", "open_result", "open_examples", "open_sets")  # as they were given
+
+# Modules that compute what a paper or a textbook defines. Each of their functions and classes names it, or says that it
+# is ours, or refers to one that does.
+SOURCED = [
+    *("ops.sums", "ops.swiglu", "ops.masked", "ops.fused", "scores", "top_sets", "chance", "evidence", "noise"),
+    *("attribution", "sides", "patching", "recovery", "patches", "inhibition", "anchoring", "divergence", "slices"),
+    *("optimizers", "rivals", "comparison", "coupling", "stance", "summary", "agreement", "side_effects"),
+    "topic_words",
+]
+SOURCE = re.compile(r"\barXiv\s\d{4}\.\d{5}\b|\bdoi 10\.\d{4,}/\S+|\bours\b", re.IGNORECASE)
+# They read, write, name, arrange or choose, and compute nothing that could have a source.
+ARRANGING = {
+    *(
+        "check_swiglu",
+        "fuses",
+        "ranks",
+        "records",
+        "score_table",
+        "open_summary",
+        "log_probabilities",
+        "paired_weights",
+    ),
+    *("load_patch", "save_patch", "made_for", "apply", "Reference", "fingerprint", "Slice", "StepMask"),
+    *("why_not_masked", "as_run", "method_name", "join", "collect", "off_topic", "over", "agreement_rows"),
+    *("table", "shown", "tables", "TopicWords"),
+}
 
 
 def public() -> Iterator[Any]:
@@ -52,6 +103,20 @@ def described(text: str) -> set[str]:
     """Names that a section describes: its lines without indentation."""
     heads = re.findall(r"^(\*{0,2}\w[\w, *]*?)(?: : .*)?$", text, flags=re.MULTILINE)
     return {name.strip(" *") for head in heads for name in head.split(",")}
+
+
+def entries(text: str) -> dict[str, str]:
+    """What a section says of each name that it describes; names that share a description share it here."""
+    found = {}
+    for part in re.split(r"^(?=\*{0,2}\w)", text, flags=re.MULTILINE):
+        head, _, body = part.partition("\n")
+        found |= {name.strip(" *"): body for name in head.partition(" : ")[0].split(",") if head}
+    return found
+
+
+def measures(name: str) -> list[str]:
+    """What has to be said of a name."""
+    return [said for names, said in UNITS.items() if re.fullmatch(names, name)]
 
 
 def raised(function: Any) -> list[str]:
@@ -98,3 +163,66 @@ def test_every_public_name_is_on_a_page_of_the_reference() -> None:
     assert "pnlac_fast.store" in shown(), "a page that shows all of it"
     last = {name.rpartition(".")[2] for name in shown()}
     assert [name for name in pnlac_fast.__all__ if name not in last and name != "__version__"] == []
+
+
+@pytest.mark.parametrize("value", list(public()))
+def test_what_is_measured_says_in_which_unit(value: Any) -> None:
+    text = value.__doc__
+    found = sections(text)
+    told = entries(found.get("Parameters", "")) | entries(found.get("Attributes", ""))
+    annotated = {name: str(kind) for name, kind in getattr(value, "__annotations__", {}).items()}
+    if inspect.isclass(value):
+        annotated |= {name: str(kind) for name, kind in getattr(value.__init__, "__annotations__", {}).items()}
+    annotated.pop("return", None)
+    given = {name: told.get(name, text) for name, kind in annotated.items() if NUMBERS.search(kind)}
+    floats = [name for name in given if re.search(r"\bfloat\b", annotated[name]) and not name.startswith("_")]
+    assert [name for name in floats if not measures(name)] == [], "write into UNITS what such a name measures"
+    given |= dict.fromkeys(re.findall(r"`(\w+)`", found.get("Returns", "")), found.get("Returns", ""))
+    silent = [(n, said) for n, about in given.items() for said in measures(n) if not re.search(said, about, re.I)]
+    assert silent == []
+
+
+@pytest.mark.parametrize("function", [p for p in public() if inspect.isroutine(p.values[0])])
+def test_arrays_say_in_which_unit_they_are(function: Any) -> None:
+    found = sections(function.__doc__)
+    if ARRAYS.search(str(inspect.signature(function).return_annotation)) and function.__name__ not in PASSED_ON:
+        assert UNIT.search(found[""] if found[""].startswith("Return ") else found["Returns"])
+
+
+def computing() -> Iterator[Any]:
+    """Functions and classes that the listed modules define, but those that arrange."""
+    for name in SOURCED:
+        module = importlib.import_module(f"pnlac_fast.{name}")
+        own = [v for v in vars(module).values() if getattr(v, "__module__", "") == module.__name__]
+        for value in own:
+            named = value.__name__ not in ARRANGING and not value.__name__.startswith("_")
+            if named and (inspect.isfunction(value) or inspect.isclass(value)):
+                yield pytest.param(value, id=f"{name}.{value.__name__}")
+
+
+def sourced(value: Any, asked: tuple[Any, ...] = ()) -> bool:
+    """Whether what a docstring says, but of parameters and errors, names a source or something that does."""
+    told = sections(value.__doc__ or "")
+    text = " ".join(part for title, part in told.items() if title not in ("Parameters", "Raises", "Examples"))
+    if SOURCE.search(text):
+        return True
+    named = [referred(name, value.__module__) for name in re.findall(r":(?:func|class):`([\w.]+)`", text)]
+    return any(sourced(other, (*asked, value)) for other in named if other not in asked)
+
+
+def referred(name: str, module: str) -> Any:
+    """What a docstring of a module means by a name: one of the module, of its package, or a full one."""
+    home, _, last = name.rpartition(".")
+    places = [home] if home else [module, module.rpartition(".")[0]]
+    return next(getattr(m, last) for m in map(importlib.import_module, places) if hasattr(m, last))
+
+
+@pytest.mark.parametrize("value", list(computing()))
+def test_what_is_computed_names_its_source(value: Any) -> None:
+    assert sourced(value), 'write arXiv NUMBER, doi NUMBER, "ours", or refer to what it follows'
+
+
+def test_what_is_left_out_exists() -> None:
+    there = {name for module in SOURCED for name in vars(importlib.import_module(f"pnlac_fast.{module}"))}
+    assert ARRANGING - there == set()
+    assert set(PASSED_ON) - set(store.__all__) == set()
