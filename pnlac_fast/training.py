@@ -48,8 +48,9 @@ class FineTune:
         (point, question): ``margin`` float64 in nats and ``step`` int64 (point), coordinates ``topic`` and ``key`` on
         question; None without probe questions.
     record
-        Settings, origin and losses, as written to ``pnlac.json``; ``cost``, see :class:`pnlac_fast.cost.Meter`, is that
-        of the training with its probes since it was last resumed, and has ``seconds_per_step``, the median.
+        Settings, origin and losses (nats a token), as written to ``pnlac.json``; ``cost``, see
+        :class:`pnlac_fast.cost.Meter`, is that of the training with its probes since it was last resumed, and has
+        ``seconds_per_step``, the median.
     """
 
     path: Path | None
