@@ -126,7 +126,7 @@ def attributed(
     normalise: str = "token",
     batch_tokens: int = 4096,
 ) -> np.ndarray:
-    """Give every neuron's attribution on every text to ``fold``; returns the margins.
+    """Give every neuron's attribution on every text, see :func:`attribute`, to ``fold``; returns the margins.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def attributed(
     Returns
     -------
     numpy.ndarray
-        float64 [1 + model, question]: margins of base and of every tuned model.
+        float64 [1 + model, question]: margins of base and of every tuned model, in nats.
 
     Raises
     ------

@@ -101,7 +101,7 @@ def neuron(rows: xr.Dataset, layer: int, neuron: int) -> xr.DataArray:
     Returns
     -------
     DataArray
-        [token], with everything that is known of the rows as coordinates.
+        [token], in units of the activation, with everything that is known of the rows as coordinates.
 
     Raises
     ------

@@ -182,11 +182,14 @@ def test_what_is_measured_says_in_which_unit(value: Any) -> None:
     assert silent == []
 
 
-@pytest.mark.parametrize("function", [p for p in public() if inspect.isroutine(p.values[0])])
-def test_arrays_say_in_which_unit_they_are(function: Any) -> None:
-    found = sections(function.__doc__)
-    if ARRAYS.search(str(inspect.signature(function).return_annotation)) and function.__name__ not in PASSED_ON:
-        assert UNIT.search(found[""] if found[""].startswith("Return ") else found["Returns"])
+@pytest.mark.parametrize("value", list(public()))
+def test_numbers_that_are_returned_say_in_which_unit_they_are(value: Any) -> None:
+    own = [v for name, v in vars(value).items() if not name.startswith("_")] if inspect.isclass(value) else [value]
+    for function in (one.fget if isinstance(one, property) else one for one in own):
+        given = str(getattr(function, "__annotations__", {}).get("return"))
+        if NUMBERS.search(given) and "Iterator" not in given and function.__name__ not in PASSED_ON:
+            found = sections(function.__doc__)
+            assert UNIT.search(found.get("Returns", found[""])), function.__name__
 
 
 def computing() -> Iterator[Any]:
