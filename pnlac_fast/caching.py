@@ -180,8 +180,8 @@ def cache(
         raw=keep.layout(),
         parts=base.part.ranks,
         settings={
-            "base": _identity(base),
-            "tuned": {name: _identity(m) for name, m in models.items()},
+            "base": base.identity,
+            "tuned": {name: m.identity for name, m in models.items()},
             "data": fingerprint(questions),
             "template": prompts.rendered(base.tokenizer, template),
             "count_template": count_template,
@@ -348,12 +348,6 @@ def plan(
         rows += sum(len(raw_rows(0, text, raw, tokens)) for text in group)
     if count:
         yield Unit(topic, first, count, rows)
-
-
-def _identity(model: Model) -> dict[str, Any]:
-    """What of a model's origin decides the numbers; where it lies and when it was tuned does not."""
-    weights = ("sha256",) if model.origin.get("sha256") else ("source", "revision")
-    return {name: model.origin.get(name) for name in ("type", "dtype", *weights)}
 
 
 def _check_room(out: str | Path, estimate: int) -> None:

@@ -67,6 +67,15 @@ class Model:
         return str(self.origin.get("tuned_topic") or "")
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What of its origin decides the numbers: type, dtype, and the weights' sha256, or of a hub id its revision.
+
+        Where it lies and when it was tuned does not.
+        """
+        weights = ("sha256",) if self.origin.get("sha256") else ("source", "revision")
+        return {name: self.origin.get(name) for name in ("type", "dtype", *weights)}
+
+    @property
     def architecture(self) -> Architecture:
         """Where the parts of the decoder are."""
         return self.weights.architecture

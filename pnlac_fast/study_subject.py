@@ -44,9 +44,10 @@ class Subject:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What decides every result besides the plan."""
-        base = {name: self.base.origin.get(name) for name in ("source", "revision", "sha256")}
-        return {**base, "data": fingerprint(self.data), "probe": fingerprint(self.probe), "template": self.template}
+        """What decides every result besides the plan; not where the base and its texts lie."""
+        texts = None if self.text is None else hashlib.sha256(Path(self.text).read_bytes()).hexdigest()
+        known = {"data": fingerprint(self.data), "probe": fingerprint(self.probe), "text": texts}
+        return {**self.base.identity, **known, "template": self.template}
 
     @property
     def done(self) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -23,12 +24,14 @@ from pnlac_fast.generation import generate
 from pnlac_fast.loading import load_model, load_tuned
 from pnlac_fast.localize import locate
 from pnlac_fast.models import Model
+from pnlac_fast.neurons import load_sets
 from pnlac_fast.patching import patch
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
 from pnlac_fast.reporting import report
 from pnlac_fast.reporting.tables import patch_rows
 from pnlac_fast.scores import ATTRIBUTION
 from pnlac_fast.scoring import score
+from pnlac_fast.seed_overlap import SEED_OVERLAP, seed_overlap
 from pnlac_fast.set_attribution import SET_ATTRIBUTION
 from pnlac_fast.side_effects import utility
 from pnlac_fast.study_plan import DIRECTED, StudyPlan, read_plan
@@ -122,6 +125,10 @@ def study(
         if all(kind in result for result in results):
             of_seeds = [_of_seed(result[kind], seed) for result, seed in zip(results, seeds, strict=True)]
             stores.write_result(over_all, kind, xr.concat(of_seeds, "run"))
+    main = f"{next(iter(chosen.neurons))}.json"
+    located = {one.seed: load_sets(one.out / "neurons" / main) for one in subjects}
+    bases = {one.seed: json.dumps(one.base.identity) for one in subjects}
+    stores.write_result(over_all, SEED_OVERLAP, seed_overlap(located, bases))
     page = report(over_all, out / "report", title=f"{name}, seeds {told}")
     return {
         "methods": [asdict(row) for row in compare(training, BOOTS)],
@@ -251,7 +258,7 @@ def _judge(subject: Subject, plan: StudyPlan, models: Mapping[str, Model], store
         score(subject.base, data=subject.probe, **how, **judged)
         utility(subject.base, models, text=subject.text, answers=answers, store=store)
 
-    subject.once(f"score {store.stem}", {"models": origins, "score": plan.score, "text": str(subject.text)}, judge)
+    subject.once(f"score {store.stem}", {"models": origins, "score": plan.score}, judge)
 
 
 def _look_after(subject: Subject, plan: StudyPlan, methods: Methods, runs: Path, topics: Sequence[str]) -> None:

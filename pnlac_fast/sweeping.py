@@ -146,8 +146,7 @@ def sweep(
     base = model if isinstance(model, Model) else load_model(model)
     questions, probes = as_questions(data), as_questions(probe)
     runs, out = plan_runs(_read(plan)), Path(out)
-    origin = {name: base.origin.get(name) for name in ("source", "revision", "sha256")}
-    origin |= {"data": fingerprint(questions), "probe": fingerprint(probes), "template": template}
+    origin = {**base.identity, "data": fingerprint(questions), "probe": fingerprint(probes), "template": template}
     settings = {run.name: {**_plain(run.options), **_files(run.options), "origin": origin} for run in runs}
     done = _finished(out, settings, overwrite)
     out.mkdir(parents=True, exist_ok=True)
@@ -250,19 +249,26 @@ def _finished(out: Path, settings: Mapping[str, Any], overwrite: bool) -> dict[s
         return {}
     before = _recorded(out)
     done = {}
-    for name, wanted in settings.items():
+    for name, wanted in json.loads(json.dumps(settings)).items():
         if name not in before or not (out / name / FINETUNE_FILE).is_file():
             continue
-        if before[name] == json.loads(json.dumps(wanted)):
+        other = [key for key in {**before[name], **wanted} if not _same(key, before[name].get(key), wanted.get(key))]
+        if not other:
             done[name] = before[name]
         elif not overwrite:
-            keys = {**before[name], **wanted}
-            other = [key for key in keys if before[name].get(key) != json.loads(json.dumps(wanted.get(key)))]
             raise UserError(
                 f"'{out / name}' was made with another {' and '.join(other)}: give another --out, or --overwrite to do "
                 f"it again."
             )
     return done
+
+
+def _same(key: str, before: Any, wanted: Any) -> bool:
+    """Whether a setting is the same. Of a base only its identity counts, not where it lay."""
+    if key == "origin" and before is not None:
+        optional = ("type", "dtype")  # the first sweeps did not record these
+        return all(before.get(name, value if name in optional else None) == value for name, value in wanted.items())
+    return bool(before == wanted)
 
 
 def _recorded(out: Path) -> dict[str, Any]:

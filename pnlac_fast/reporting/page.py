@@ -23,6 +23,7 @@ from pnlac_fast.reporting.protocol import protocol
 from pnlac_fast.reporting.rows import to_csv
 from pnlac_fast.reporting.runs import per_run
 from pnlac_fast.reporting.sections import Section, Shown
+from pnlac_fast.reporting.seeds import seeds
 from pnlac_fast.reporting.stability import stability
 from pnlac_fast.reporting.utility import utility
 from pnlac_fast.store import write_result
@@ -126,7 +127,7 @@ def write_report(
         papers=PAPERS,
         boots=boots,
         seed=seed,
-        seeds=seeds(contents),
+        seeds=most_seeds(contents),
         version=pnlac_fast.__version__,
     )
     path = folder / "index.html"
@@ -141,6 +142,7 @@ def build(contents: Contents, boots: int, seed: int) -> list[Section]:
         observation.layers(contents),
         observation.overlap(contents),
         stability(contents, boots, seed),
+        seeds(contents),
         intervention.patching(contents, boots, seed),
         attribution(contents, boots, seed),
         intervention.methods(contents, boots, seed),
@@ -177,7 +179,7 @@ def size(png: bytes) -> tuple[int, int]:
     return int.from_bytes(png[16:20], "big"), int.from_bytes(png[20:24], "big")
 
 
-def seeds(contents: Contents) -> int:
+def most_seeds(contents: Contents) -> int:
     """The most seeds that one result has."""
     return max((len(set(per_run(r, "seed", 0))) for r in contents.results.values() if "run" in r.sizes), default=1)
 

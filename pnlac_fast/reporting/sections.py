@@ -48,7 +48,7 @@ class Section:
     @property
     def shown(self) -> bool:
         """Whether there is anything to show."""
-        return bool(self.figures or self.tables)
+        return bool(self.sentences or self.figures or self.tables)
 
 
 def absent(key: str, title: str, command: str) -> Section:

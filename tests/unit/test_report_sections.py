@@ -28,6 +28,8 @@ from made_up_results import (
     words,
 )
 
+from pnlac_fast.chance import overlap
+from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.reporting import neurons, style, tables, wording
 from pnlac_fast.reporting.attributed import attributed_rows, attributed_sentences
 from pnlac_fast.reporting.contents import Contents
@@ -49,8 +51,10 @@ from pnlac_fast.reporting.observation import shift
 from pnlac_fast.reporting.pareto import front, left, pareto
 from pnlac_fast.reporting.protocol import protocol
 from pnlac_fast.reporting.rows import Estimate
+from pnlac_fast.reporting.seeds import seed_rows, seed_sentence, seeds
 from pnlac_fast.reporting.stability import stability_rows, stability_sentences
 from pnlac_fast.reporting.utility import utility_rows, utility_sentences
+from pnlac_fast.seed_overlap import seed_overlap
 from pnlac_fast.summary import summary
 
 
@@ -99,6 +103,39 @@ def test_stability_counts_the_models_that_differ_from_chance() -> None:
     assert "90\u00a0% of the top neurons changed" in tested
     assert re.search(r"is (49|50)\.\d times what rounding", floor)
     assert "with other seeds overlap by 0.40, random ones by 0.05" in seeds
+
+
+def seeded_sets(*members: np.ndarray) -> dict[int, dict[str, NeuronSet]]:
+    """One set "race/general" for each seed, the first one of each kind."""
+    found = {"tuned_topic": "race"}
+    return {
+        seed: {"race/general": NeuronSet("race/general", "general", member, model="race", found=found)}
+        for seed, member in enumerate(members)
+    }
+
+
+def test_sets_of_seeds_are_compared_where_they_are_of_one_base() -> None:
+    member = np.zeros((2, 50), bool)
+    member[0, :10] = True
+    half = np.roll(member, 5, axis=1)
+    located = seeded_sets(member, half, member)
+    rows = seed_rows(seed_overlap(located, dict.fromkeys(located, "one")))
+    assert [(r.kind, r.tuned_topic, r.pairs) for r in rows] == [("general", "race", 3)]
+    assert tuple(rows[0].overlap) == pytest.approx(((1 / 3 + 1 + 1 / 3) / 3, 1 / 3, 1))
+    assert rows[0].chance.value == pytest.approx(overlap(member, half).expected)
+    assert seed_sentence(rows).startswith(
+        "The general sets that two seeds find overlap by 0.56 (Jaccard, 0.33 to 1.00)"
+    )
+    contents = Contents("s", {}, results={"seed_overlap": seed_overlap(located, dict.fromkeys(located, "one"))})
+    assert [figure.name for figure in seeds(contents).figures] == ["seeds"]
+    assert seeds(contents).figures[0].draw(style.WIDE).axes
+    mixed = seed_overlap(located, {0: "one", 1: "other", 2: "one"})
+    assert mixed["other_seed"].values.tolist() == [2]
+    apart = seed_overlap(located, {0: "one", 1: "other", 2: "third"})
+    section = seeds(Contents("s", {}, results={"seed_overlap": apart}))
+    assert section.shown
+    assert "cannot be compared neuron by neuron" in section.sentences[0]
+    assert not seeds(Contents("s", {})).shown
 
 
 def test_utility_tells_what_became_worse_than_base() -> None:

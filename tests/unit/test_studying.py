@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from pnlac_fast.datasets import Question
 from pnlac_fast.errors import Interrupted, UserError
 from pnlac_fast.loading import load_model
 from pnlac_fast.models import Model
+from pnlac_fast.neurons import jaccard, load_sets
 from pnlac_fast.study_plan import EMBEDDED, embedded_plan, read_plan
 from pnlac_fast.studying import study
 
@@ -47,10 +50,17 @@ def probe(questions: tuple[Question, ...]) -> list[Question]:
 
 
 def test_a_study_is_done_once_and_grows(
-    base: Model, questions: Any, probe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Model,
+    model_paths: dict[str, Path],
+    questions: Any,
+    probe: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out, done = tmp_path / "study", []
+    (tmp_path / "text.txt").write_text("law tax border race state\nschool gene vote tax law\n")
     given: dict[str, Any] = {"probe": probe, "seeds": [3, 4], "jobs": 1, "progress": False}
+    given["text"] = tmp_path / "text.txt"
     real = sweeping.finetune
 
     def counted(*args: Any, **options: Any) -> Any:
@@ -81,6 +91,14 @@ def test_a_study_is_done_once_and_grows(
     training = stores.open_result(out / "study.zarr", "training")
     assert sorted(set(training["seed"].values.tolist())) == [3, 4]
     assert training.sizes["run"] == 2 * (a_seed - 1)  # the model tuned to the left is no method
+    pairs = stores.open_result(out / "study.zarr", "seed_overlap")
+    assert sorted(zip(pairs["tuned_topic"].values, pairs["kind"].values, strict=True)) == sorted(
+        itertools.product(dict.fromkeys(q.topic for q in questions), ("general", "specific", "top"))
+    )
+    for name, member in (("general", "general"), ("top", "top/race")):
+        a, b = (load_sets(out / f"seed-{s}" / "neurons" / "general.json")[f"race/{member}"].member for s in (3, 4))
+        own = pairs.isel(pair=((pairs["kind"] == name) & (pairs["tuned_topic"] == "race")).values)
+        assert own["overlap"].sel(figure="jaccard").item() == jaccard(a, b)
     kl = training.isel(run=(training["method"] == "kl").values)
     topics = list(dict.fromkeys(q.topic for q in questions))
     for tuned, seen in zip(kl["tuned_topic"].values, kl["kl_topics"].values, strict=True):
@@ -109,7 +127,13 @@ def test_a_study_is_done_once_and_grows(
         for name in ("cache", "locate", "patch", "score", "generate", "utility"):
             patched_again.setattr(studying, name, never)
         assert study(base, questions, out, plan=PLAN, **given)["methods"] == found["methods"]
+        moved = load_model(shutil.copytree(model_paths["llama"], tmp_path / "moved"), dtype="float32", device="cpu")
+        elsewhere = {**given, "text": shutil.copy(given["text"], tmp_path / "moved")}
+        assert study(moved, questions, out, plan=PLAN, **elsewhere)["methods"] == found["methods"]
     assert len(done) == 2 * a_seed + 1
+    other = load_model(model_paths["llama_tuned"], dtype="float32", device="cpu")
+    with pytest.raises(UserError, match="made with another origin"):
+        study(other, questions, out, plan=PLAN, **given)
 
     rate = {"rival": "rate", "topic": ["race"]}
     more = {**PLAN, "after": 0, "methods": {**PLAN["methods"], "rate": rate}}
