@@ -29,6 +29,7 @@ from pnlac_fast.patching import patch
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
 from pnlac_fast.reporting import report
 from pnlac_fast.reporting.tables import patch_rows
+from pnlac_fast.reporting.wording import sentence_case
 from pnlac_fast.scores import ATTRIBUTION
 from pnlac_fast.scoring import score
 from pnlac_fast.seed_overlap import SEED_OVERLAP, seed_overlap
@@ -108,7 +109,7 @@ def study(
         name, chosen = base.name, read_plan(plan or {}, "model")
         subjects = [Subject(base, seed, *read, out=out / f"seed-{seed}", text=text, **options) for seed in seeds]
     elif model is None and data is None and probe is None:
-        name, chosen = f"{size} testbed", testbed_plan(read_plan(plan or {}, "testbed"), size)
+        name, chosen = f"Testbed ({size})", testbed_plan(read_plan(plan or {}, "testbed"), size)
         beds = (testbed.build(size, seed) for seed in seeds)
         subjects = [testbed_subject(bed, out / f"seed-{bed.seed}", **options) for bed in beds]
     else:
@@ -281,8 +282,10 @@ def _look_after(subject: Subject, plan: StudyPlan, methods: Methods, runs: Path,
 def _report(subject: Subject, store: Path, name: str) -> None:
     sweep_record = (subject.out / "runs" / SWEEP_FILE).read_text()
     made_from = {stage: one["made_from"] for stage, one in subject.done.items() if not stage.startswith("page ")}
-    title = f"{subject.base.name}, seed {subject.seed}"
-    make = partial(report, store, subject.out / name, title=title if name == "report" else f"{title}: what is left")
+    title = f"{sentence_case(subject.base.name)}, seed {subject.seed}"
+    make = partial(
+        report, store, subject.out / name, title=title if name == "report" else f"{title}: what the methods leave"
+    )
     subject.once(f"page {name}", {**made_from, "runs": sweep_record}, make)
 
 

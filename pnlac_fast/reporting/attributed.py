@@ -16,13 +16,7 @@ from pnlac_fast.reporting.sections import Section, Shown, Table, absent
 from pnlac_fast.scores import ATTRIBUTION
 
 COMMAND = "pnlac-fast locate --evidence --model --tuned --data --probe"
-NAMES = {
-    "general": "General",
-    "specific": "Specific to the tuned topic",
-    "top": "Whole top set of the tuned topic",
-    ATTRIBUTION: "Highest attribution, off minus on topic",
-    "random": "Random, as many as general in every layer",
-}
+KINDS = ("general", "specific", "top", ATTRIBUTION, "random")
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,8 @@ def attribution(contents: Contents, boots: int, seed: int) -> Section:
         "the least and the most of their draws.",
         "Shares of the off-topic and the on-topic shift by set of neurons. "
         + "; ".join(
-            f"{NAMES[r.neurons]}: {wording.percentage(r.off_topic)}, {wording.percentage(r.on_topic)}" for r in rows
+            f"{style.set_label(r.neurons)}: {wording.percentage(r.off_topic)}, {wording.percentage(r.on_topic)}"
+            for r in rows
         )
         + ".",
         lambda width: draw_forest(_panels(rows), width),
@@ -71,7 +66,7 @@ def attribution(contents: Contents, boots: int, seed: int) -> Section:
 
 
 def attributed_rows(result: xr.Dataset, patching: xr.Dataset | None, boots: int, seed: int) -> list[AttributedRow]:
-    """One row a kind of set, in the order of :data:`NAMES`.
+    """One row a kind of set, in the order of :data:`KINDS`.
 
     ``result`` is what :func:`pnlac_fast.set_attribution.attribute_sets` returns, ``patching`` what
     :func:`pnlac_fast.patch` does.
@@ -81,7 +76,7 @@ def attributed_rows(result: xr.Dataset, patching: xr.Dataset | None, boots: int,
     patched = {r.neurons: r for r in measured if (r.direction, r.kind) == ("tuned_into_base", "tuned")}
     names, overlap = result["neurons"].values, result["overlap"].transpose("run", "figure")
     rows = []
-    for kind in (name for name in NAMES if name in found):
+    for kind in (name for name in KINDS if name in found):
         own, runs = found[kind], (names == kind).nonzero()[0]
         jaccard, expected, high = (overlap.sel(figure=f).values[runs] for f in ("jaccard", "expected", "high"))
         rows.append(
@@ -143,8 +138,10 @@ def attributed_sentences(rows: Sequence[AttributedRow]) -> list[str]:
 def _panels(rows: Sequence[AttributedRow]) -> list[Panel]:
     panels = []
     for part, title in (("off_topic", "Of the off-topic shift"), ("on_topic", "Of the on-topic shift")):
-        marks = [Mark(NAMES[r.neurons], getattr(r, part), style.GENERAL, "by attribution") for r in rows]
-        marks += [Mark(NAMES[r.neurons], getattr(r, f"patched_{part}"), style.RANDOM, "by patching") for r in rows]
+        marks = [Mark(style.set_label(r.neurons), getattr(r, part), style.GENERAL, "by attribution") for r in rows]
+        marks += [
+            Mark(style.set_label(r.neurons), getattr(r, f"patched_{part}"), style.RANDOM, "by patching") for r in rows
+        ]
         panels.append(Panel(title, "share of it", marks, shares=True))
     return panels
 
@@ -155,7 +152,7 @@ def _table(rows: Sequence[AttributedRow]) -> Table:
     cells = []
     for r in rows:
         shares = (r.off_topic, r.patched_off_topic, r.on_topic, r.patched_on_topic)
-        cells.append([NAMES[r.neurons], style.percent(r.share), *map(wording.percentage, shares)])
+        cells.append([style.set_label(r.neurons), style.percent(r.share), *map(wording.percentage, shares)])
         cells[-1] += [f"{r.overlap:.2f}", f"{r.chance:.2f}"] if r.neurons == ATTRIBUTION else ["", ""]
     caption = (
         "Shares of the shift on held-out questions, pooled over tuned topics. In brackets 95 % intervals; of random "

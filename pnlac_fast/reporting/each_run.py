@@ -140,6 +140,11 @@ def draw_runs(rows: Sequence[RunRow], width: float) -> Figure:
         ):
             drawn = [v for v in values if math.isfinite(v)]
             axes.plot(drawn, [y + below] * len(drawn), "o", color=tint, markersize=size, alpha=0.65, markeredgewidth=0)
+        if not any(math.isfinite(r.reduction.value) for r in own):
+            axes.annotate(
+                "no run reached the shift", (0, y), (4, 0), textcoords="offset points", va="center", fontsize=8,
+                color=style.FAINT,
+            )  # fmt: skip
     axes.axvline(0, color=style.INK, linewidth=0.8)
     axes.set_yticks(range(len(names)), labels)
     axes.tick_params(axis="y", length=0)

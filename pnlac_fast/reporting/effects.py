@@ -30,7 +30,7 @@ def draw_patching(rows: Sequence[PatchRow], width: float) -> Figure:
     wide = style.is_wide(width)
     directions = [d for d in DIRECTIONS if any(r.direction == d for r in rows)]
     most = max(sum(r.direction == d for r in rows) for d in directions)
-    height = (0.5 * most + 0.85) * len(directions) * (1 if wide else 2) + 0.2
+    height = (0.6 * most + 0.85) * len(directions) * (1 if wide else 2) + 0.2
     figure = style.new_figure(width, height)
     shape = (len(directions), 2) if wide else (2 * len(directions), 1)
     panels = figure.subplots(*shape, squeeze=False, sharex=True).reshape(len(directions), 2)
@@ -43,7 +43,7 @@ def draw_patching(rows: Sequence[PatchRow], width: float) -> Figure:
         ):
             for y, row in enumerate(chosen):
                 _bar(axes, y, getattr(row, field), getattr(row, f"{field}_draws"), style.colour(row.neurons))
-            labels = [_labelled(style.pretty(r.neurons), f"{style.percent(r.share)} of neurons") for r in chosen]
+            labels = [_labelled(style.wrapped(style.set_label(r.neurons), 21), style.percent(r.share)) for r in chosen]
             if wide and field == "off_topic":
                 labels = [""] * len(labels)
             axes.set_yticks(range(len(chosen)), labels)
@@ -144,7 +144,7 @@ def draw_methods(rows: Sequence[MethodRow], width: float, unit: str) -> Figure:
         )
         if axes is panels[n // 2 if wide else -1]:
             axes.set_xlabel(f"coupling to the other topics [{unit}]")
-    panels[0].set_xlim(0, edge * 1.01)
+    panels[0].set_xlim(-0.03 * edge, edge * 1.01)  # a dot at zero is a whole one
     panels[0].set_xticks([t for t in MaxNLocator(4).tick_values(0, ceiling) if t <= ceiling * 1.05])
     return figure
 

@@ -50,7 +50,8 @@ def draw_forest(panels: Sequence[Panel], width: float) -> Figure:
     ratios = None if wide else heights
     grid = figure.subplots(*shape, squeeze=False, height_ratios=ratios).ravel()
     for axes, panel, own in zip(grid, panels, lines, strict=True):
-        _panel(axes, panel, own, wide)
+        _panel(axes, panel, own, wide, 4 if len(panels) < 3 or not wide else 3)
+        axes.set_ylim(len(own) - 0.4, -0.85 if any(p.reference for p in (panels if together else [panel])) else -0.6)
         if together and axes is not grid[0]:
             axes.set_yticklabels([])
     if names:
@@ -59,7 +60,7 @@ def draw_forest(panels: Sequence[Panel], width: float) -> Figure:
     return figure
 
 
-def _panel(axes: Axes, panel: Panel, lines: Sequence[str], wide: bool) -> None:
+def _panel(axes: Axes, panel: Panel, lines: Sequence[str], wide: bool, ticks: int) -> None:
     names = list(dict.fromkeys(m.name for m in panel.marks))
     offsets = (np.arange(len(names)) - (len(names) - 1) / 2) * 0.24
     for mark in panel.marks:
@@ -76,11 +77,10 @@ def _panel(axes: Axes, panel: Panel, lines: Sequence[str], wide: bool) -> None:
             va="top", fontsize=8, color=style.FAINT,
         )  # fmt: skip
     axes.set_yticks(range(len(lines)), [style.wrapped(line, 24 if wide else 17) for line in lines])
-    axes.set_ylim(len(lines) - 0.4, -0.85 if panel.reference is not None else -0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
-    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(ticks))
     axes.margins(x=0.08)
     if panel.shares:
         left, right = axes.get_xlim()

@@ -58,7 +58,7 @@ def _patch_table(rows: Sequence[PatchRow]) -> Table:
         where = effects.DIRECTIONS.get(r.direction, r.direction)
         parts = ((r.on_topic, r.on_topic_draws), (r.off_topic, r.off_topic_draws))
         values = [wording.draws_range(drawn) if drawn else wording.percentage(value) for value, drawn in parts]
-        cells.append([style.pretty(r.neurons), where, r.kind, style.percent(r.share), *values, str(r.draws)])
+        cells.append([style.set_label(r.neurons), where, r.kind, style.percent(r.share), *values, str(r.draws)])
     caption = (
         "Recovered fraction of the fine-tuning shift, pooled over tuned topics. Of random neurons, mean, least and "
         "most of their draws."

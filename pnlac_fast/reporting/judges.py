@@ -179,9 +179,11 @@ def judge_sentences(rows: Sequence[JudgeRow]) -> list[str]:
         parts = []
         if math.isfinite(r.error.value):
             wrong = wording.percentage(r.error)
-            parts.append(f"gives {wrong} of the data\u2019s own completions another side than theirs")
+            parts.append(f"gives {wrong} of the completions of the questions asked another side than theirs")
         if math.isfinite(r.accuracy):
-            parts.append(f"is right in {100 * r.accuracy:.1f}\u00a0% of labelled completions (five folds, by question)")
+            parts.append(
+                f"is right in {100 * r.accuracy:.1f}\u00a0% of those it was trained on (five folds, by question)"
+            )
         parts.append(f"left {style.percent(r.unlabelled)} of the answers without a side, which count in S as neither")
         text.append(f"The judge {r.scorer} " + ", and ".join(parts) + ".")
         if abs(r.base) > ONE_SIDED:
@@ -265,7 +267,13 @@ def _leak_panels(rows: Sequence[LeakRow]) -> list[Panel]:
 
 
 def _judge_table(rows: Sequence[JudgeRow]) -> Table:
-    header = ["Judge", "Error on the data\u2019s completions", "Accuracy, five folds", "Without a side", "Unparsed"]
+    header = [
+        "Judge",
+        "Error on the questions\u2019 completions",
+        "Accuracy in training, five folds",
+        "Without a side",
+        "Unparsed",
+    ]
     cells = [
         [r.scorer, wording.percentage(r.error), *map(style.percent, (r.accuracy, r.unlabelled, r.unparsed))]
         for r in rows

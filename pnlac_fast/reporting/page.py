@@ -22,7 +22,7 @@ from pnlac_fast.reporting.model_card import model_card
 from pnlac_fast.reporting.protocol import protocol
 from pnlac_fast.reporting.rows import to_csv
 from pnlac_fast.reporting.runs import per_run
-from pnlac_fast.reporting.sections import Section, Shown
+from pnlac_fast.reporting.sections import Section
 from pnlac_fast.reporting.seeds import seeds
 from pnlac_fast.reporting.stability import stability
 from pnlac_fast.reporting.utility import utility
@@ -116,8 +116,8 @@ def write_report(
         title=title or f"Cross-topic stance report: {contents.name}",
         name=contents.name,
         summary=summary(shown),
-        said=said,
         sections=[numbered(section, i) for i, section in enumerate(shown, 1)],
+        by_seed=study_seeds(contents),
         lacking=[row for section in sections for row in section.lacking],
         images={name: (inline(p.wide), inline(p.narrow), *size(p.wide)) for name, p in pictures.items()},
         origin=origin_rows(contents),
@@ -142,10 +142,10 @@ def build(contents: Contents, boots: int, seed: int) -> list[Section]:
         observation.layers(contents),
         observation.overlap(contents),
         stability(contents, boots, seed),
-        seeds(contents),
         intervention.patching(contents, boots, seed),
         attribution(contents, boots, seed),
         intervention.methods(contents, boots, seed),
+        seeds(contents),
         drift(contents),
         utility(contents, boots, seed),
         scorers(contents, boots, seed),
@@ -157,11 +157,6 @@ def summary(sections: Sequence[Section]) -> list[str]:
     """The plain-words findings, one list for the head of the page: of each section the first ones."""
     told = {section.key: section.sentences for section in sections}
     return [sentence for key, most in FINDINGS.items() for sentence in told.get(key, [])[:most]]
-
-
-def said(sentence: str, figures: Sequence[Shown]) -> bool:
-    """Whether the caption of a figure says it already."""
-    return any(sentence in figure.caption for figure in figures)
 
 
 def numbered(section: Section, number: int) -> Section:
@@ -182,6 +177,12 @@ def size(png: bytes) -> tuple[int, int]:
 def most_seeds(contents: Contents) -> int:
     """The most seeds that one result has."""
     return max((len(set(per_run(r, "seed", 0))) for r in contents.results.values() if "run" in r.sizes), default=1)
+
+
+def study_seeds(contents: Contents) -> list[int]:
+    """The seeds of a study over whose stores this one is; none for any other store."""
+    joined = contents.results.get("seed_overlap")
+    return [] if joined is None else [int(s) for s in joined["base_seed"].values]
 
 
 def is_synthetic(contents: Contents) -> bool:

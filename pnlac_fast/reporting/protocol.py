@@ -61,7 +61,7 @@ def _tuning(tuned: Mapping[str, Mapping[str, Any]], base: str) -> str:
     ways = list(dict.fromkeys(map(recipe, made)))
     how = ways[0] if len(ways) == 1 else f"{len(ways)} recipes, in the provenance below"
     return (
-        f"{base or 'The base model'} was tuned {wording.count(len(made))} times, on "
+        f"{base if '/' in base else f'The base model {base}'.rstrip()} was tuned {wording.count(len(made))} times, on "
         f"{wording.listed(map(style.pretty, topics))}, with the {wording.listed(sides)} completions ({how}; "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {wording.listed(seeds)})."
     )

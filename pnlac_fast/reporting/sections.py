@@ -46,6 +46,11 @@ class Section:
     lacking: list[tuple[str, str]] = field(default_factory=list)
 
     @property
+    def captions(self) -> str:
+        """What the captions of the figures say already."""
+        return "\n".join(figure.caption for figure in self.figures)
+
+    @property
     def shown(self) -> bool:
         """Whether there is anything to show."""
         return bool(self.sentences or self.figures or self.tables)

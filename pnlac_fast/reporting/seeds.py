@@ -37,7 +37,7 @@ def seeds(contents: Contents) -> Section:
     """Overlap of the sets over seeds; nothing where the store knows of no seeds."""
     key, title = "seeds", "Whether other seeds find the same neurons"
     result = contents.results.get("seed_overlap")
-    if result is None:
+    if result is None or result.sizes["base_seed"] < 2:
         return Section(key, title)
     if "overlap" not in result:
         return Section(

@@ -135,7 +135,9 @@ def stability_sentences(rows: list[StabilityRow]) -> list[str]:
 
 
 def _in(some: int, rows: list[StabilityRow]) -> str:
-    return f"in {'all' if some == len(rows) > 1 else wording.count(some)} of {len(rows)} tuned models"
+    if some == len(rows) > 1:
+        return f"in all {len(rows)} tuned models"
+    return f"in {wording.count(some) if some else 'none'} of {len(rows)} tuned models"
 
 
 def _floor(least: float) -> str:

@@ -36,6 +36,21 @@ _FAMILIES = {
     "top": "#5F7A1F",
     "anchor": "#7A5AA6",
     "kl": "#8C5A2B",
+    "mlp": "#59636E",
+    "rate": "#A03B5A",
+    "caft": "#C4512D",
+    "steer": "#4C9FC9",
+    "inoculate": "#2F8F8B",
+}
+_SETS = {
+    "specific": "Specific to the tuned topic",
+    "top": "Whole top set of the tuned topic",
+    "mean": "Highest mean score, all topics",
+    "off_minus_on": "Highest score off minus on topic",
+    "on_minus_off": "Highest score on minus off topic",
+    "attribution": "Highest attribution, off minus on topic",
+    "random": "Random, as many in every layer",
+    "random_top": "Random ones of the top sets",
 }
 _SPARE = ("#C4512D", "#5F7A1F", "#4C9FC9", "#A03B5A", "#59636E")
 
@@ -116,6 +131,11 @@ def pretty(name: str) -> str:
     return words[:1].upper() + words[1:]
 
 
+def set_label(kind: str) -> str:
+    """What a set of neurons that is patched or attributed to consists of."""
+    return _SETS.get(kind, pretty(kind))
+
+
 def wrapped(name: str, width: int = 13) -> str:
     """A pretty name broken over lines of at most `width` characters."""
     return "\n".join(textwrap.wrap(pretty(name), width)) or name
@@ -135,7 +155,7 @@ def controlled(method: str) -> str:
 
 def family(method: str) -> str:
     """The first word of a method or set of neurons, which decides its colour."""
-    return method.split("_")[0]
+    return method.replace("+", "_").split("_")[0]
 
 
 def colour(name: str) -> str:

@@ -167,7 +167,15 @@ def patch_rows(patching: xr.Dataset, boots: int, seed: int) -> list[PatchRow]:
         of = list(dict.fromkeys(seeds[i] for i in runs))
         parts = [_recovered(draws, [p for p in pairs if seeds[p[0]] == s], tuned, order) for s in of]
         whole = [over_runs([part[n] for part in parts], of, seed) for n in (0, 1)]
-        each = [_recovered(draws[:1], [p for p in pairs if draw[p[0]] == n], tuned, order) for n in numbers]
+        each = np.array(
+            [
+                [
+                    _recovered(draws[:1], [p for p in pairs if (draw[p[0]], seeds[p[0]]) == (n, s)], tuned, order)
+                    for s in of
+                ]
+                for n in numbers
+            ]
+        ).mean((1, 3))  # [draw, part]
         rows.append(
             PatchRow(
                 direction=direction,
@@ -178,8 +186,8 @@ def patch_rows(patching: xr.Dataset, boots: int, seed: int) -> list[PatchRow]:
                 draws=len(numbers),
                 on_topic=_estimate(whole[0]),
                 off_topic=_estimate(whole[1]),
-                on_topic_draws=tuple(float(e[0][0]) for e in each) if len(numbers) > 1 else (),
-                off_topic_draws=tuple(float(e[1][0]) for e in each) if len(numbers) > 1 else (),
+                on_topic_draws=tuple(map(float, each[:, 0])) if len(numbers) > 1 else (),
+                off_topic_draws=tuple(map(float, each[:, 1])) if len(numbers) > 1 else (),
             )
         )
     rank = {"general": 0, "specific": 1, "top": 2}

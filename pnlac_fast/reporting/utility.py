@@ -92,14 +92,13 @@ def utility_sentences(rows: Sequence[UtilityRow]) -> list[str]:
 
 
 def _panels(rows: Sequence[UtilityRow]) -> list[Panel]:
-    def marks(name: str, without: str = "") -> list[Mark]:
-        shown = [r for r in rows if r.model != without]
-        return [Mark(r.model, getattr(r, name), style.PLAIN if r.model == BASE else style.GENERAL) for r in shown]
+    def marks(name: str) -> list[Mark]:
+        return [Mark(r.model, getattr(r, name), style.PLAIN if r.model == BASE else style.GENERAL) for r in rows]
 
     panels = []
     if any(math.isfinite(r.over_base.value) for r in rows):
         axis = "perplexity over base\u2019s"
-        panels.append(Panel("Neutral text", axis, marks("over_base", BASE), reference=(1.0, "as base")))
+        panels.append(Panel("Neutral text", axis, marks("over_base"), reference=(1.0, "as base")))
     if any(math.isfinite(r.words.value) for r in rows):
         panels.append(Panel("Length", "words an answer", marks("words")))
         panels.append(Panel("Refusals", "share of answers", marks("refusals"), shares=True))

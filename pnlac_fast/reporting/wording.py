@@ -204,7 +204,9 @@ def method_sentences(rows: Sequence[MethodRow]) -> list[str]:
         if reached:
             row, *others = reached
             told = f"at {style.percent(EQUAL_SHIFT[row.comparison])} of plain tuning\u2019s on-topic shift"
-            told += "".join(_at(o, row.reduction.sign > 0) for o in others)
+            beside = [f"{row.reached} of {row.runs} runs reached it"] if row.reached < row.runs else []
+            beside += [_at(o, row.reduction.sign > 0) for o in others]
+            told += f" ({'; '.join(beside)})" if beside else ""
         else:
             row, told = equal["equal steps"], "at equal steps (it never reached the on-topic shift of plain tuning)"
         control = next(
@@ -223,9 +225,9 @@ def method_sentences(rows: Sequence[MethodRow]) -> list[str]:
 
 
 def _at(row: MethodRow, reduced: bool) -> str:
-    """A comparison in brackets, as a reduction where the one before it is told as one, else as a change."""
+    """Another comparison, as a reduction where the one before it is told as one, else as a change."""
     value = percentage(row.reduction) if reduced else percentage(reversed_sign(row.reduction), signed=True)
-    return f" ({'' if reduced else 'change '}at {style.percent(EQUAL_SHIFT[row.comparison])}: {value})"
+    return f"{'' if reduced else 'change '}at {style.percent(EQUAL_SHIFT[row.comparison])}: {value}"
 
 
 def _method_sentence(row: MethodRow, told: str, control: MethodRow | None) -> str:
@@ -241,8 +243,6 @@ def _method_sentence(row: MethodRow, told: str, control: MethodRow | None) -> st
         text = f"{act} did not clearly change coupling: {change} {told}"
     else:
         text = f"{act} was not shown to reduce coupling: {change} {told}, and the interval holds zero"
-    if row.reached < row.runs and row.comparison in EQUAL_SHIFT:
-        text += f" ({row.reached} of {row.runs} runs reached it)"
     if control is None:
         return f"{text}."
     side = 1 if row.reduction.sign > 0 else -1

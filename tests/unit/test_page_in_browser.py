@@ -52,6 +52,9 @@ def test_page_shows_everything_and_asks_for_nothing(
         assert box["x"] + box["width"] <= width
         assert box["width"] > 0.7 * min(width, 1000)
         assert box["height"] > 100
+    if width > 1000:  # no column of an open table is out of sight
+        inside = "table => table.scrollWidth <= table.parentElement.clientWidth + 1"
+        assert all(table.evaluate(inside) for table in tab.locator("div.broad > .scroll > table").all())
     for folded in tab.locator("summary").all():
         folded.click()
     assert tab.evaluate("document.documentElement.scrollWidth") == width  # wide tables scroll by themselves

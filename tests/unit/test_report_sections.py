@@ -95,11 +95,11 @@ def test_stability_counts_the_models_that_differ_from_chance() -> None:
         stability_sentences(stability_rows(evidence_result()))[i] for i in (0, 2, 1, 3, 4, 5)
     )
     assert "overlap by 0.80, those of two topics by 0.30" in topics
-    assert "in all of 6 tuned models" in topics
+    assert "in all 6 tuned models" in topics
     assert "4\u00a0% of all neurons are specific" in specific
-    assert "fewer in all of 6" in specific
+    assert "fewer in all 6" in specific
     assert "6\u00a0% are general" in general
-    assert "as large as that in all of 6" in general
+    assert "as large as that in all 6" in general
     assert "90\u00a0% of the top neurons changed" in tested
     assert re.search(r"is (49|50)\.\d times what rounding", floor)
     assert "with other seeds overlap by 0.40, random ones by 0.05" in seeds
@@ -136,6 +136,8 @@ def test_sets_of_seeds_are_compared_where_they_are_of_one_base() -> None:
     assert section.shown
     assert "cannot be compared neuron by neuron" in section.sentences[0]
     assert not seeds(Contents("s", {})).shown
+    alone = seed_overlap({0: located[0]}, {0: "one"})
+    assert not seeds(Contents("s", {}, results={"seed_overlap": alone})).shown
 
 
 def test_utility_tells_what_became_worse_than_base() -> None:

@@ -257,6 +257,19 @@ def test_a_method_that_never_reaches_the_shift_has_no_value_there() -> None:
     assert "never reached the on-topic shift" in wording.method_sentences(rows)[0]
 
 
+def test_draws_of_several_seeds_are_means_over_seeds_like_the_bar_beside_them() -> None:
+    row = next(
+        r for r in tables.patch_rows(seeded([patching_result(), patching_result(each=12)]), 50, 0) if r.draws > 1
+    )
+    one = next(r for r in tables.patch_rows(patching_result(), 50, 0) if r.draws > 1)
+    assert row.off_topic_draws == pytest.approx(one.off_topic_draws)
+    whole = patching_result()
+    weak = whole.assign(margin=whole["margin"] / 10)  # a seed whose shift is small counts as much as the other
+    half = whole.assign(margin=xr.where(whole["neurons"] == "random", 0.0, weak["margin"]).transpose("run", "question"))
+    mixed = next(r for r in tables.patch_rows(seeded([whole, half]), 50, 0) if r.neurons == "random")
+    assert np.mean(mixed.off_topic_draws) == pytest.approx(mixed.off_topic.value)
+
+
 RESULTS = {  # what makes each, the section that shows it, the command that adds it, and its figures
     "stance": (stance_result, "shift", "pnlac-fast score", ["shift"]),
     "stance_classifier": (
