@@ -13,17 +13,16 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pnlac_fast import prompts
 from pnlac_fast import store as stores
 from pnlac_fast.cost import Meter
 from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint, paired
 from pnlac_fast.errors import UserError
 from pnlac_fast.loading import open_models, topic_of
 from pnlac_fast.models import Model
-from pnlac_fast.prompts import DEFAULT_TEMPLATE, Batch
+from pnlac_fast.prompts import DEFAULT_TEMPLATE
 from pnlac_fast.provenance import provenance
 from pnlac_fast.scores import ATTRIBUTION
-from pnlac_fast.stance import log_probabilities, paired_weights
+from pnlac_fast.stance import ScoredBatch, log_probabilities, scored_batches
 
 
 def attribute(
@@ -154,26 +153,17 @@ def attributed(
     margin = np.zeros((1 + len(models), len(questions)))
     for topic, group in by_topic(questions).items():
         rows = np.array([i for i, question in enumerate(questions) if question.topic == topic])
-        texts = prompts.encode(base.tokenizer, group, template, side="both", context=base.context)
-        weights = paired_weights(group, texts, normalise)
-        owners = rows[[text.question for text in texts]]
-        ids = [text.ids for text in texts]
-        for batch in prompts.batches(ids, batch_tokens, padding_side="left", device=base.device):
-            index = list(batch.index)
-            lengths = [len(texts[i].ids) - texts[i].prompt for i in index]
-            weight, owner = torch.tensor(weights[index]), owners[index]
-            found, seen, gradient = _gradients(base, batch, lengths, weight, site)
+        for batch in scored_batches(base, group, template, normalise, batch_tokens):
+            owner = rows[batch.owner]
+            found, seen, gradient = _gradients(base, batch, site)
             np.add.at(margin[0], owner, found)
             for m, other in enumerate(models.values()):
-                take = partial(fold, m, topic, owner)
-                moved = _products(other, batch, lengths, weight, site, seen, gradient, take)
+                moved = _products(other, batch, site, seen, gradient, partial(fold, m, topic, owner))
                 np.add.at(margin[1 + m], owner, moved)
     return margin
 
 
-def _gradients(
-    model: Model, batch: Batch, lengths: Sequence[int], weight: Tensor, site: str
-) -> tuple[np.ndarray, dict[int, Tensor], dict[int, Tensor]]:
+def _gradients(model: Model, batch: ScoredBatch, site: str) -> tuple[np.ndarray, dict[int, Tensor], dict[int, Tensor]]:
     """What each sequence adds to a margin, and by layer activations and gradients [sequence, position, neuron]."""
     seen: dict[int, Tensor] = {}
     added: dict[int, Tensor] = {}
@@ -184,8 +174,8 @@ def _gradients(
         return activation + added[layer]
 
     with torch.enable_grad(), model.tapped(site, visit):
-        found = log_probabilities(model, batch, lengths)
-        stance = weight.to(found.device) * found
+        found = log_probabilities(model, *batch.read)
+        stance = torch.tensor(batch.weight, device=found.device) * found
         _check_visits(model, added)
         gradients = torch.autograd.grad(stance.sum(), list(added.values()))  # no sequence reads another
     return stance.detach().cpu().numpy(), seen, dict(zip(added, gradients, strict=True))
@@ -193,9 +183,7 @@ def _gradients(
 
 def _products(
     model: Model,
-    batch: Batch,
-    lengths: Sequence[int],
-    weight: Tensor,
+    batch: ScoredBatch,
     site: str,
     reference: Mapping[int, Tensor],
     gradient: Mapping[int, Tensor],
@@ -203,7 +191,7 @@ def _products(
 ) -> np.ndarray:
     """Give ``take`` each layer's sums of (b - a) dm/da over positions; returns what each sequence adds to a margin."""
     visited: dict[int, bool] = {}
-    real = batch.mask.bool()[..., None]
+    real = batch.read[0].mask.bool()[..., None]
 
     def visit(layer: int, activation: Tensor) -> None:
         wide = activation.to(torch.promote_types(activation.dtype, torch.float32))
@@ -214,9 +202,9 @@ def _products(
 
     with torch.inference_mode(), ExitStack() as stack:
         stack.enter_context(model.tapped(site, visit))
-        stance = weight * log_probabilities(model, batch, lengths).cpu()
+        stance = batch.weight * log_probabilities(model, *batch.read).cpu().numpy()
     _check_visits(model, visited)
-    return stance.numpy()
+    return stance
 
 
 def _check_visits(model: Model, by_layer: Mapping[int, Any]) -> None:

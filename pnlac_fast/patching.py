@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from pnlac_fast.patches import Patch, apply, patched, save_patch
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
 from pnlac_fast.provenance import provenance
 from pnlac_fast.recovery import recovered
-from pnlac_fast.stance import log_probabilities, margins, paired_weights, table
+from pnlac_fast.stance import log_probabilities, margins, scored_batches, table
 
 KINDS = ("tuned", "mean", "shift", "zero", "scale")
 DIRECTIONS = ("tuned_into_base", "base_into_tuned")
@@ -147,7 +147,7 @@ def patch(
     located = neurons if isinstance(neurons, Mapping) else load_sets(neurons)
     groups = by_topic(questions)
     reading: dict[str, Any] = {"template": template, "batch_tokens": batch_tokens}
-    rows: list[tuple[Any, ...]] = []
+    rows: list[Run] = []
     margin: list[np.ndarray] = []
     texts: list[list[str]] = []
     for name, other in models.items():
@@ -162,13 +162,13 @@ def patch(
             into, source = (base, other) if direction == "tuned_into_base" else (other, base)
             plans: list[Plan] = []
             for label, subject in ((UNPATCHED, into), (SOURCE, source)):
-                rows.append((topic, name, label, direction, "", -1, 0, 0.0))
+                rows.append(Run(topic, name, label, direction))
                 margin.append(margins(subject, questions, normalise=normalise, **reading)[None])
                 if max_new_tokens:
                     texts.append(answers(subject, questions, max_new_tokens=max_new_tokens, **reading))
             for kind, one in itertools.product(kinds, chosen):
                 members = one.neurons
-                rows.append((topic, name, one.kind, direction, kind, one.draw, len(members), members.share))
+                rows.append(Run(topic, name, one.kind, direction, kind, one.draw, len(members), members.share))
                 if kind == "tuned":
                     plans.append(members)
                     continue
@@ -180,16 +180,8 @@ def patch(
             margin.append(patched_margins(into, source, plans, questions, normalise=normalise, **reading))
             if max_new_tokens:
                 texts += [_answers(into, source, plan, groups, questions, max_new_tokens, reading) for plan in plans]
-    names = ("tuned_topic", "model", "neurons", "direction", "kind", "draw", "count", "share")
-    result = table(
-        "margin",
-        np.concatenate(margin),
-        dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)),
-        questions,
-        normalise=normalise,
-        provenance=provenance(base=base.origin, data=fingerprint(questions), template=template, seed=seed),
-    )
-    result["recovered"] = recovered(result, boots=boots, seed=seed)
+    made = provenance(base=base.origin, data=fingerprint(questions), template=template, seed=seed)
+    result = patched_runs(rows, np.concatenate(margin), questions, boots, seed, normalise=normalise, provenance=made)
     if max_new_tokens:
         result["answer"] = (("run", "question"), np.array(texts, dtype=object))
     if judge is not None:
@@ -199,6 +191,29 @@ def patch(
     if store is not None:
         stores.write_result(store, "patching_curve" if shares else "patching", result)
     return result
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of a patching result; its fields are the coordinates of :func:`patch`."""
+
+    tuned_topic: str
+    model: str
+    neurons: str
+    direction: str
+    kind: str = ""
+    draw: int = -1
+    count: int = 0
+    share: float = 0.0
+
+
+def patched_runs(
+    runs: Sequence[Run], margin: np.ndarray, questions: Sequence[Question], boots: int, seed: int, **attrs: Any
+) -> xr.Dataset:
+    """Margins [run, question] as a patching result, see :func:`patch`, with the recovered fractions."""
+    columns = {field.name: [getattr(run, field.name) for run in runs] for field in fields(Run)}
+    result = table("margin", margin, columns, questions, **attrs)
+    return result.assign(recovered=recovered(result, boots=boots, seed=seed))
 
 
 def patched_margins(
@@ -222,29 +237,21 @@ def patched_margins(
     plans
         Each either neurons that take the source's activations, or a patch for each topic.
     """
-    margin = np.empty((len(plans), len(questions)))
-    keys = {question.key: i for i, question in enumerate(questions)}
+    margin = np.zeros((len(plans), len(questions)))
     sites = {plan.site for plan in plans if isinstance(plan, NeuronSet)}
     for topic, group in by_topic(questions).items():
-        texts = prompts.encode(model.tokenizer, group, template, side="both", context=model.context)
-        score = np.empty((len(plans), len(texts)))
-        sequences = [text.ids for text in texts]
+        rows = np.array([i for i, question in enumerate(questions) if question.topic == topic])
         with torch.inference_mode():
-            for batch in prompts.batches(sequences, batch_tokens, padding_side="left", device=model.device):
-                index = list(batch.index)
-                lengths = [len(texts[i].ids) - texts[i].prompt for i in index]
-                seen = {site: _record(source, batch, site) for site in sites}
-                for row, plan in zip(score, plans, strict=True):
+            for batch in scored_batches(model, group, template, normalise, batch_tokens):
+                seen = {site: _record(source, batch.read[0], site) for site in sites}
+                for own, plan in zip(margin, plans, strict=True):
                     with (
                         patched(model, plan, recorded=seen[plan.site])
                         if isinstance(plan, NeuronSet)
                         else apply(model, plan[topic])
                     ):
-                        row[index] = log_probabilities(model, batch, lengths).cpu().numpy()
-        weighted = paired_weights(group, texts, normalise) * score
-        owner = [text.question for text in texts]
-        for row, values in zip(margin, weighted, strict=True):
-            row[[keys[q.key] for q in group]] = np.bincount(owner, values, minlength=len(group))
+                        found = log_probabilities(model, *batch.read).cpu().numpy()
+                    np.add.at(own, rows[batch.owner], batch.weight * found)
     return margin
 
 

@@ -20,11 +20,10 @@ from pnlac_fast.errors import UserError
 from pnlac_fast.loading import open_models
 from pnlac_fast.models import Model
 from pnlac_fast.patch_sets import Chosen, choose_all
+from pnlac_fast.patching import DIRECTIONS, SOURCE, UNPATCHED, Run, patched_runs
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
 from pnlac_fast.provenance import provenance
-from pnlac_fast.recovery import recovered
 from pnlac_fast.scores import ATTRIBUTION, toward_tuning
-from pnlac_fast.stance import table
 from pnlac_fast.top_sets import Localization, intersect
 
 KINDS = ("general", "specific", "top", "random")
@@ -107,30 +106,22 @@ def attribute_sets(
         np.add.at(ascribed[m].T, owner, product.cpu().numpy() @ members[m][:, layer].T)
 
     margin = attributed(base, models, questions, fold, **options)
-    rows: list[tuple[Any, ...]] = []
+    runs: list[Run] = []
     values: list[np.ndarray] = []
     shared: list[Sequence[float]] = []
     for m, (name, own) in enumerate(chosen.items()):
-        topic = str(found[name].general.found["tuned_topic"])
-        for label, end in (("none", margin[0]), ("tuned", margin[1 + m])):
-            rows.append((topic, name, label, "tuned_into_base", "", -1, 0, 0.0))
+        of = (str(found[name].general.found["tuned_topic"]), name)
+        for label, end in ((UNPATCHED, margin[0]), (SOURCE, margin[1 + m])):
+            runs.append(Run(*of, label, DIRECTIONS[0]))
             values.append(end)
             shared.append([np.nan] * len(Overlap._fields))
         for one, moved in zip(own, ascribed[m], strict=True):
             size, share = len(one.neurons), one.neurons.share
-            rows.append((topic, name, one.kind, "tuned_into_base", ATTRIBUTION, one.draw, size, share))
+            runs.append(Run(*of, one.kind, DIRECTIONS[0], ATTRIBUTION, one.draw, size, share))
             values.append(margin[0] + moved)
             shared.append(overlap(one.neurons.member, found[name].general.member))
-    names = ("tuned_topic", "model", "neurons", "direction", "kind", "draw", "count", "share")
-    result = table(
-        "margin",
-        np.stack(values),
-        dict(zip(names, map(list, zip(*rows, strict=True)), strict=True)),
-        questions,
-        normalise=normalise,
-        provenance=provenance(base=base.origin, data=fingerprint(questions), template=template, seed=seed),
-    )
-    result["recovered"] = recovered(result, boots=boots, seed=seed)
+    made = provenance(base=base.origin, data=fingerprint(questions), template=template, seed=seed)
+    result = patched_runs(runs, np.stack(values), questions, boots, seed, normalise=normalise, provenance=made)
     result["overlap"] = (("run", "figure"), np.array(shared))
     result = result.assign_coords(figure=np.array(Overlap._fields, object)).assign_attrs(cost=meter.record())
     if store is not None:

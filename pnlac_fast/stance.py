@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -71,15 +71,43 @@ def margins(
     if normalise not in NORMALISE:
         raise unknown("normalisation", normalise, NORMALISE)
     questions = paired(questions)
-    texts = prompts.encode(model.tokenizer, questions, template, side="both", context=model.context)
-    lengths = [len(text.ids) - text.prompt for text in texts]
-    score = np.empty(len(texts))
-    packed = prompts.batches([t.ids for t in texts], batch_tokens, padding_side="left", device=model.device)
+    margin = np.zeros(len(questions))
     with torch.inference_mode():
-        for batch in packed:
-            score[list(batch.index)] = log_probabilities(model, batch, [lengths[i] for i in batch.index]).cpu().numpy()
-    weighted = paired_weights(questions, texts, normalise) * score
-    return np.bincount([text.question for text in texts], weighted, minlength=len(questions))
+        for batch in scored_batches(model, questions, template, normalise, batch_tokens):
+            np.add.at(margin, batch.owner, batch.weight * log_probabilities(model, *batch.read).cpu().numpy())
+    return margin
+
+
+class ScoredBatch(NamedTuple):
+    """Texts of several questions, and what their log-probabilities are to the margins of :func:`margins`.
+
+    Attributes
+    ----------
+    read
+        A left-padded batch, and how many tokens of each sequence are its completion: see :func:`log_probabilities`.
+    weight
+        float64 [sequence]; a question's margin is the sum of its texts' weighted log-probabilities.
+    owner
+        int64 [sequence]: which question.
+    """
+
+    read: tuple[prompts.Batch, list[int]]
+    weight: np.ndarray
+    owner: np.ndarray
+
+
+def scored_batches(
+    model: Model, questions: Sequence[Question], template: str, normalise: str, batch_tokens: int
+) -> Iterator[ScoredBatch]:
+    """The right and left texts of questions in batches; parameters and errors are those of :func:`margins`."""
+    texts = prompts.encode(model.tokenizer, questions, template, side="both", context=model.context)
+    weight = paired_weights(questions, texts, normalise)
+    owner = np.array([text.question for text in texts])
+    ids = [text.ids for text in texts]
+    for batch in prompts.batches(ids, batch_tokens, padding_side="left", device=model.device):
+        index = list(batch.index)
+        lengths = [len(texts[i].ids) - texts[i].prompt for i in index]
+        yield ScoredBatch((batch, lengths), weight[index], owner[index])
 
 
 def paired_weights(questions: Sequence[Question], texts: Sequence[prompts.Text], normalise: str) -> np.ndarray:

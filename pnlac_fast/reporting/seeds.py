@@ -97,7 +97,7 @@ def _panels(rows: Sequence[SeedRow]) -> list[Panel]:
     panels = []
     for kind in dict.fromkeys(r.kind for r in rows):
         own = [r for r in rows if r.kind == kind]
-        marks = [Mark(r.tuned_topic, r.overlap, style.colour(kind), "") for r in own]
-        marks += [Mark(r.tuned_topic, r.chance, style.RANDOM, "chance") for r in own]
+        marks = [Mark(r.tuned_topic, r.overlap, style.PLAIN, "two seeds") for r in own]
+        marks += [Mark(r.tuned_topic, r.chance, style.RANDOM, "random sets") for r in own]
         panels.append(Panel(KINDS[kind].partition(" to ")[0].partition(" of ")[0], "Jaccard index", marks))
     return panels
