@@ -27,9 +27,11 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-# The store's fault tests at length: 200 kills each with one and two workers, every call of a disk, every file, 100 forgeries.
+# What takes long: the store's fault tests at length, 200 kills each with one and two workers, every call of a disk, every
+# file, 100 forgeries; and a fine-tune that inductor compiles.
 faults: $(STAMP)
 	PNLAC_LONG_TESTS=1 $(BIN)/python -m pytest tests/store/test_kill.py tests/store/test_faults.py tests/store/test_damage.py tests/store/test_machine.py
+	PNLAC_LONG_TESTS=1 $(BIN)/python -m pytest tests/unit/test_trainer_processes.py -k inductor
 
 check: lint types test
 

@@ -28,7 +28,7 @@ from pnlac_fast.packing import in_order
 from pnlac_fast.passes import SHORTCUTS, usable
 from pnlac_fast.prompts import DEFAULT_TEMPLATE, TOKENS, Text
 from pnlac_fast.provenance import provenance
-from pnlac_fast.raw import Keep, choose_kept, raw_rows
+from pnlac_fast.raw import Keep, check_kept, choose_kept, raw_rows
 from pnlac_fast.store import Layout, Unit, Writer, open_writer, settings_of
 from pnlac_fast.tensor_parallel import union
 from pnlac_fast.workers import parse_worker, units_of
@@ -146,6 +146,10 @@ def cache(
     if not tuned:
         raise UserError("There is no tuned model to contrast with: give at least one --tuned.")
     questions = as_questions(data)
+    chosen = list(load_sets(raw_neurons).values()) if isinstance(raw_neurons, (str, Path)) else raw_neurons or ()
+    if worker != "auto":
+        parse_worker(worker)
+    check_kept(raw, dtype=raw_dtype, layers=raw_layers, neurons=chosen)
     base, models = open_models(model, tuned)
     share = parse_worker(worker, tp=base.part.ranks > 1)
 
@@ -157,7 +161,6 @@ def cache(
         for topic, group in by_topic(questions).items()
     }
     widths = {site: base.width(site) for site in sites}
-    chosen = list(load_sets(raw_neurons).values()) if isinstance(raw_neurons, (str, Path)) else raw_neurons or ()
     keep = choose_kept(base, sites, raw, dtype=raw_dtype, layers=raw_layers, neurons=chosen)
     if raw in ("full", "selected"):
         unit_tokens = min(unit_tokens, max(256, RAW_UNIT_BYTES // keep.size(widths)))

@@ -11,7 +11,7 @@ import torch
 import pnlac_fast
 from pnlac_fast import ops
 from pnlac_fast.checkup import self_check
-from pnlac_fast.loading import load_model
+from pnlac_fast.loading import opened
 from pnlac_fast.models import Model
 from pnlac_fast.provenance import PACKAGES, versions
 
@@ -44,6 +44,6 @@ def env(model: str | Path | Model | None = None) -> dict[str, Any]:
         "engines": ops.engines(),
     }
     if model is not None:
-        loaded = model if isinstance(model, Model) else load_model(model)
+        loaded = opened(model)
         report["model"] = {**loaded.origin, **self_check(loaded)}
     return report

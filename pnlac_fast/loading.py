@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +151,10 @@ def from_hf(hf: Any, tokenizer: Any, *, name: str = "", last_projection: str | N
     Raises
     ------
     UserError
-        Its MLPs are not found.
+        It is compiled, or its MLPs are not found.
     """
+    if any("_orig_mod" in m._modules or m._compiled_call_impl is not None for m in hf.modules()):
+        raise UserError("A compiled model would be compiled anew for all that is read: give it as it was before that.")
     weights = Weights(hf.eval(), last_projection=last_projection)
     source = str(hf.name_or_path or "given")
     origin = {
@@ -168,6 +170,29 @@ def from_hf(hf: Any, tokenizer: Any, *, name: str = "", last_projection: str | N
     _eager_in_double(model)
     dry_run(model)
     return model
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is named but not loaded, so that all that is given beside it is looked at first.
+
+    Attributes
+    ----------
+    source
+        Hub id or directory.
+    options
+        Of :func:`load_model`.
+    """
+
+    source: str | Path
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def opened(model: Model | ModelSource | str | Path) -> Model:
+    """A model as it is, or loaded; errors as for :func:`load_model`."""
+    if isinstance(model, Model):
+        return model
+    return load_model(model.source, **model.options) if isinstance(model, ModelSource) else load_model(model)
 
 
 def _eager_in_double(model: Model) -> None:
@@ -268,7 +293,9 @@ def _with_slices(base: Model, source: str, files: list[str], name: str) -> Model
     return replace(model, origin=origin | common | {"tuned_topic": "+".join(topics)})
 
 
-def open_models(model: Model | str | Path, tuned: Mapping[str, Model | str | Path]) -> tuple[Model, dict[str, Model]]:
+def open_models(
+    model: Model | ModelSource | str | Path, tuned: Mapping[str, Model | str | Path]
+) -> tuple[Model, dict[str, Model]]:
     """The base model and the tuned ones by name; what is not loaded yet is loaded with default settings.
 
     Raises
@@ -276,9 +303,9 @@ def open_models(model: Model | str | Path, tuned: Mapping[str, Model | str | Pat
     UserError
         A tuned model is called "base", or cannot be loaded.
     """
-    base = model if isinstance(model, Model) else load_model(model)
     if "base" in tuned:
         raise UserError("A tuned model cannot be called 'base': name it with --tuned NAME=PATH.")
+    base = opened(model)
     return base, {name: t if isinstance(t, Model) else load_tuned(base, t, name=name) for name, t in tuned.items()}
 
 

@@ -16,7 +16,7 @@ from pnlac_fast.activations import read
 from pnlac_fast.adapters import Weights
 from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint
 from pnlac_fast.errors import UserError
-from pnlac_fast.loading import load_model
+from pnlac_fast.loading import opened
 from pnlac_fast.localize import NOISE_FLOOR
 from pnlac_fast.models import Model
 from pnlac_fast.passes import SHORTCUTS, usable
@@ -67,7 +67,7 @@ def noise_floor(
         The model is in float64 already, or an activation is not finite.
     """
     questions = as_questions(data)
-    base = model if isinstance(model, Model) else load_model(model)
+    base = opened(model)
     wide = _widened(base)
     taken = usable(base, list(SHORTCUTS), longest=base.context)
     side = "both" if tokens in ("completion", "all") else "none"

@@ -142,9 +142,9 @@ def patch(
         raise UserError("Labels need answers: give --max-new-tokens with --training-data.")
     judge = train(as_questions(training_data)) if training_data is not None else None
     means = stores.open_contrast(store).load() if store is not None and from_means else None
+    located = neurons if isinstance(neurons, Mapping) else load_sets(neurons)
     base, models = open_models(model, tuned)
     meter = Meter(base.device)
-    located = neurons if isinstance(neurons, Mapping) else load_sets(neurons)
     groups = by_topic(questions)
     reading: dict[str, Any] = {"template": template, "batch_tokens": batch_tokens}
     rows: list[Run] = []

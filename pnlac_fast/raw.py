@@ -92,6 +92,18 @@ class Keep:
         return host.view(torch.int16).numpy().view(np.uint16) if self.dtype == "bfloat16" else host.numpy()
 
 
+def check_kept(
+    tokens: str, *, dtype: str = "auto", layers: Sequence[int] | None = None, neurons: Sequence[NeuronSet] = ()
+) -> None:
+    """What can be said about the parameters of :func:`choose_kept` without a model: errors as there."""
+    if tokens not in RAW:
+        raise unknown("raw mode", tokens, RAW)
+    if dtype not in ("auto", *DTYPES):
+        raise unknown("raw dtype", dtype, ("auto", *DTYPES))
+    if tokens == "none" and (layers or neurons or dtype != "auto"):
+        raise UserError("Nothing raw is kept, so its dtype, layers and neurons have no effect: choose a --raw mode.")
+
+
 def choose_kept(
     model: Model,
     sites: Sequence[str],
@@ -119,15 +131,8 @@ def choose_kept(
     UserError
         A name or number is unknown, or the sets have no neuron at a site; it says what there is.
     """
-    if tokens not in RAW:
-        raise unknown("raw mode", tokens, RAW)
-    if dtype not in ("auto", *DTYPES):
-        raise unknown("raw dtype", dtype, ("auto", *DTYPES))
+    check_kept(tokens, dtype=dtype, layers=layers, neurons=neurons)
     if tokens == "none":
-        if layers or neurons or dtype != "auto":
-            raise UserError(
-                "Nothing raw is kept, so its dtype, layers and neurons have no effect: choose a --raw mode."
-            )
         return Keep()
     own = str(model.hf.dtype).removeprefix("torch.")
     kept = dtype if dtype != "auto" else own if own in DTYPES else "float32"

@@ -16,7 +16,7 @@ from pnlac_fast.activations import read
 from pnlac_fast.architecture import SITES
 from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint, paired
 from pnlac_fast.errors import UserError, unknown
-from pnlac_fast.loading import load_model
+from pnlac_fast.loading import opened
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import SIDES
 from pnlac_fast.passes import SHORTCUTS, usable
@@ -71,7 +71,7 @@ def contrast_sides(
     for site in sites:
         if site not in SITES:
             raise unknown("site", site, SITES)
-    base = model if isinstance(model, Model) else load_model(model)
+    base = opened(model)
     groups = by_topic(questions)
     layers, widest = len(base.blocks), max(base.width(site) for site in sites)
     values = {name: np.full((len(groups), len(sites), layers, widest), np.nan, "f4") for name in (*OF_BASE, *OF_TUNED)}

@@ -21,7 +21,7 @@ from pnlac_fast.comparison import compare, join
 from pnlac_fast.datasets import SIDES, Question, as_questions, by_topic
 from pnlac_fast.errors import UserError
 from pnlac_fast.generation import generate
-from pnlac_fast.loading import load_model, load_tuned
+from pnlac_fast.loading import load_tuned, opened
 from pnlac_fast.localize import locate
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import load_sets
@@ -104,9 +104,11 @@ def study(
     out = Path(out)
     options: dict[str, Any] = {"template": template, "overwrite": overwrite, "progress": progress, "jobs": jobs}
     if model is not None and data is not None and probe is not None:
-        base = model if isinstance(model, Model) else load_model(model)
-        read = as_questions(data), as_questions(probe)
-        name, chosen = base.name, read_plan(plan or {}, "model")
+        chosen, read = read_plan(plan or {}, "model"), (as_questions(data), as_questions(probe))
+        if text is not None and not Path(text).is_file():
+            raise UserError(f"There is no file '{text}' with neutral text: give one with a passage in each line.")
+        base = opened(model)
+        name = base.name
         subjects = [Subject(base, seed, *read, out=out / f"seed-{seed}", text=text, **options) for seed in seeds]
     elif model is None and data is None and probe is None:
         name, chosen = f"Testbed ({size})", testbed_plan(read_plan(plan or {}, "testbed"), size)

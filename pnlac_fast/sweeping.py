@@ -23,7 +23,7 @@ from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.hub import local
 from pnlac_fast.interventions import choose_sets
-from pnlac_fast.loading import FINETUNE_FILE, load_model
+from pnlac_fast.loading import FINETUNE_FILE, load_model, opened
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NEURONS_FILE
 from pnlac_fast.processes import pool
@@ -143,9 +143,9 @@ def sweep(
     UserError
         The plan is no plan, or ``out`` holds fine-tunes with other settings.
     """
-    base = model if isinstance(model, Model) else load_model(model)
-    questions, probes = as_questions(data), as_questions(probe)
     runs, out = plan_runs(_read(plan)), Path(out)
+    questions, probes = as_questions(data), as_questions(probe)
+    base = opened(model)
     origin = {**base.identity, "data": fingerprint(questions), "probe": fingerprint(probes), "template": template}
     settings = {run.name: {**_plain(run.options), **_files(run.options), "origin": origin} for run in runs}
     done = _finished(out, settings, overwrite)

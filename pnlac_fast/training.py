@@ -16,7 +16,7 @@ from pnlac_fast.cost import Meter, StepClock
 from pnlac_fast.datasets import SIDES, Question, as_questions, fingerprint
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.interventions import Interventions, combine, other_topics
-from pnlac_fast.loading import load_model
+from pnlac_fast.loading import opened
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.penalties import Penalty
@@ -198,32 +198,22 @@ def finetune(
         raise UserError("Both steps and epochs are given: choose one.")
     if batch_size < 1 or accumulation < 1 or batch_size % accumulation:
         raise UserError(f"A batch of {batch_size} cannot be run in {accumulation} equal parts: change one of them.")
-    base = model if isinstance(model, Model) else load_model(model)
-    if base.part.ranks > 1:
-        raise UserError(f"The weights of '{base.name}' lie in several processes: load it without tp to tune it.")
+    if (steps if steps is not None else EPOCHS if epochs is None else epochs) <= 0:
+        raise UserError("No optimizer steps train nothing: give 1 or more.")
     if (group := of_group()) and group.count > 1:
         raise UserError(
             f"finetune is one process, and a launcher has started {group.count}: start it alone, or give InhibitFT, "
             f"Anchor and KLToBase to a Trainer of your own."
         )
-    if base.weights.peft is not None:
-        raise UserError(f"Adapters are attached to the weights of '{base.name}': load the base afresh to tune it.")
     topics = (topic,) if isinstance(topic, str) else tuple(topic)
     against = make_rival(
         rival, topics, strength=rival_strength, text=rival_text, store=rival_store, layers=rival_layers
     )
     questions = choose_questions(as_questions(data), topics, side)
-    rows = encode_rows(base, questions, side, template if against is None else against.template(template))
-    if steps is None:
-        steps = math.ceil(math.ceil(len(rows) / batch_size) * (EPOCHS if epochs is None else epochs))
-    if steps < 1:
-        raise UserError(f"{steps} optimizer steps train nothing: give 1 or more.")
     probes = () if probe is None else as_questions(probe)
     if shared := {q.key for q in probes} & {q.key for q in questions}:
         raise UserError(f"{len(shared)} of the probe questions are trained on: probe with held-out questions.")
     modes, sets = combine(inhibit, inhibit_mode)
-    for neurons in sets.values():
-        neurons.check(base)
     others: tuple[Question, ...] = ()
     if "kl" in modes:
         others = other_topics(as_questions(data if kl_data is None else kl_data), topics, kl_topics)
@@ -241,6 +231,16 @@ def finetune(
         kl_max_new_tokens=kl_max_new_tokens,
         rival=against,
     )
+    base = opened(model)
+    if base.part.ranks > 1:
+        raise UserError(f"The weights of '{base.name}' lie in several processes: load it without tp to tune it.")
+    if base.weights.peft is not None:
+        raise UserError(f"Adapters are attached to the weights of '{base.name}': load the base afresh to tune it.")
+    for neurons in sets.values():
+        neurons.check(base)
+    rows = encode_rows(base, questions, side, template if against is None else against.template(template))
+    if steps is None:
+        steps = math.ceil(math.ceil(len(rows) / batch_size) * (EPOCHS if epochs is None else epochs))
     rate = LEARNING_RATE[method] if learning_rate is None else learning_rate
     settings: dict[str, Any] = {
         "tuned_topic": "+".join(topics),

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def loaded(given: dict[str, Any]) -> dict[str, Any]:
-    """Replace the loading options among ``given`` by the loaded model, questions and template."""
+    """Replace the loading options among ``given`` by the model to load, questions and template."""
     from pnlac_fast.prompts import load_template
 
     given["template"] = load_template(given["template"], chat=given.pop("chat_template"))
@@ -14,13 +14,13 @@ def loaded(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_model(given: dict[str, Any]) -> dict[str, Any]:
-    """Replace the options about the model among ``given`` by the loaded model."""
-    from pnlac_fast.loading import load_model
+    """Replace the options about the model among ``given`` by the model to load, once all else has been looked at."""
+    from pnlac_fast.loading import ModelSource
 
     loading = ("revision", "dtype", "device", "device_map", "trust_remote_code", "last_projection", "tp")
     options = {name: given.pop(name) for name in loading if name in given}
     if given["model"] is not None:
-        given["model"] = load_model(given["model"], **options)
+        given["model"] = ModelSource(given["model"], options)
     return given
 
 

@@ -15,9 +15,9 @@ def env(model: str | None, as_json: bool, **given: Any) -> None:
     """Show versions, devices and engines. An engine that is not available says why. With --model, try the model."""
     from pnlac_fast import env as run
     from pnlac_fast.checkup import certify
-    from pnlac_fast.loading import load_model
+    from pnlac_fast.loading import ModelSource
 
-    result = run(None if model is None else load_model(model, **given))
+    result = run(None if model is None else ModelSource(model, given))
     show_record(result, as_json)
     if model is not None:
         certify(result["model"], model)

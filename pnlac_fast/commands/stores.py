@@ -58,13 +58,13 @@ from pnlac_fast.terminal import readable_bytes, show, show_record
 def cache(site: tuple[str, ...], as_json: bool, **given: Any) -> None:
     """Contrast base and tuned models on the same tokens. Stores mean, spread and difference of every neuron."""
     from pnlac_fast import cache as run
-    from pnlac_fast.workers import local_device
+    from pnlac_fast.workers import local_device, of_group
 
     if given["worker"] == given["device"] == "auto" and not (given["tp"] or given["device_map"]):
         given["device"] = local_device()
-    given = loaded(given)
-    first = given["model"].part.rank == 0  # the others would say the same
-    result = run(sites=site, progress=None if first else False, **given)
+    group = of_group() if given["tp"] else None
+    first = group is None or group.index == 0  # the others would say the same
+    result = run(sites=site, progress=None if first else False, **loaded(given))
     if first:
         show_record(result, as_json)
         if not result.get("complete", True):

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from typed import MEND, USAGE, refused, state
 
+from pnlac_fast import loading
+
 
 @pytest.mark.parametrize(
     ("options", "code", "said"),
@@ -205,3 +207,35 @@ def test_settings_of_a_finetune(cli, base, tmp_path: Path, options: list, said: 
     asked = ["finetune", *base, "--topic", "race", "--side", "left", "--steps", 3, "--out", tmp_path / "t"]
     refused(cli(*asked, *options), MEND, said)
     assert not list(tmp_path.glob("t*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["study"], "needs --model, --data and --probe"),
+        (["study", "--data", "data"], "needs --model, --data and --probe"),
+        (["study", "--data", "data", "--probe", "data", "--seeds", "1,1"], "each seed once"),
+        (["study", "--data", "data", "--probe", "data", "--plan", "no.toml"], "no plan of a study"),
+        (["study", "--data", "data", "--probe", "data", "--text", "no.txt"], "no file 'no.txt'"),
+        (["sweep", "--data", "data", "--probe", "data", "--plan", "no.toml", "--out", "o"], "no.toml"),
+        (["cache", "--tuned", "T", "--data", "data", "--out", "o", "--site", "mid"], "no site 'mid'"),
+        (
+            ["cache", "--tuned", "T", "--data", "data", "--out", "o", "--raw-dtype", "int8", "--raw", "full"],
+            "raw dtype",
+        ),
+        (["cache", "--tuned", "T", "--data", "data", "--out", "o", "--worker", "2/2"], "no worker"),
+        (["patch", "--tuned", "T", "--data", "data", "--neurons", "no.json"], "no neuron file"),
+        (["finetune", "--data", "data", "--topic", "race", "--side", "left", "--out", "o", "--epochs", "0"], "nothing"),
+        (["finetune", "--data", "data", "--topic", "race", "--side", "left", "--out", "o", "--rival", "x"], "no rival"),
+        (["utility", "--tuned", "T"], "--text, --answers"),
+    ],
+)
+def test_no_model_is_loaded_for_what_options_alone_tell(
+    cli, world: Path, monkeypatch, arguments: list, said: str
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.chdir(world)
+    refused(cli(arguments[0], "--model", "BASE", *arguments[1:]), MEND, said)

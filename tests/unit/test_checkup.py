@@ -56,3 +56,14 @@ def test_the_self_check_finds_gates_and_ups_that_alternate() -> None:
         layer.mlp.forward = partial(forward, layer.mlp)
     checks = self_check(from_hf(hf, None))["checks"]
     assert [name for name, check in checks.items() if not check["holds"]] == ["halves"]
+
+
+@pytest.mark.parametrize("way", ["whole", "in place", "a block"])
+def test_a_compiled_model_is_refused(way: str) -> None:
+    hf = copy.deepcopy(decoder("llama"))
+    if way == "whole":
+        hf = torch.compile(hf, backend="eager")
+    else:
+        (hf if way == "in place" else hf.model.layers[1]).compile(backend="eager")
+    with pytest.raises(UserError, match="as it was before"):
+        from_hf(hf, None)

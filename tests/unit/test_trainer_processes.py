@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,11 +15,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 from unit import trainer_rank as one
 
 from pnlac_fast.anchoring import Anchor
 from pnlac_fast.errors import UserError
 
+# Half a minute of a C++ compiler: where CI is set, and in `make faults`.
+LONG = {"CI", "PNLAC_LONG_TESTS"} & {name for name, value in os.environ.items() if value}
+INDUCTOR = LONG and (shutil.which("g++") or shutil.which("clang++"))
 GATE, DOWN = "model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight"
 
 
@@ -93,17 +98,32 @@ def _compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("_compiled")
 @pytest.mark.filterwarnings("ignore")  # the compiler trips over warnings of its own
-@pytest.mark.parametrize(("mode", "penalised"), [("freeze", False), ("specific", True)])
-def test_compiled_models_train_the_same(mode: str, penalised: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "terms", "backend"),
+    [
+        pytest.param("freeze", ("anchor",), "inductor", marks=pytest.mark.skipif(not INDUCTOR, reason="takes long")),
+        ("specific", ("anchor", "kl"), "eager"),
+    ],
+)
+def test_compiled_models_train_the_same(
+    mode: str, terms: tuple[str, ...], backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counters.clear()
-    common: dict[str, Any] = {"max_steps": 2, "penalised": penalised}
-    options = {"torch_compile": True, "torch_compile_backend": "eager"}
+    if backend == "inductor":  # anew, but in seconds: one layer, no vectors, no trial of them
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+        monkeypatch.setattr(one, "LAYERS", 1)
+        monkeypatch.setattr(inductor, "compile_threads", 1)
+        monkeypatch.setattr(inductor.cpp, "vec_isa_ok", True)
+        monkeypatch.setattr(inductor.cpp, "simdlen", 1)
+    common: dict[str, Any] = {"max_steps": 2, "callbacks": 1 + len(terms)}
+    options = {"torch_compile": True, "torch_compile_backend": backend}
     two, log = one.train(mode, "full", tmp_path / "compiled", **common, **options)
     plain, expected = one.train(mode, "full", tmp_path / "plain", **common)
     assert counters["frames"]["ok"]
+    assert bool(counters["inductor"]) == (backend == "inductor")
     check_what_moved(two, mode, "full")
     for name, value in plain.items():
         torch.testing.assert_close(two[name], value, atol=1e-5, rtol=1e-4)
-    for term in ("loss", *(("anchor", "kl") if penalised else ())):
+    for term in ("loss", *terms):
         assert log[1][term] == pytest.approx(expected[1][term], rel=1e-4)
         assert log[1][term] > 0

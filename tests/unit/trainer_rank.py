@@ -56,7 +56,7 @@ def rows() -> list[list[int]]:
 def chosen(shift: int = 0) -> NeuronSet:
     member = np.zeros((LAYERS, WIDTH), bool)
     member[0, [0, 3, 7]] = True
-    member[1, [1, 3]] = True
+    member[-1, [1, 3]] = True
     return NeuronSet("some", "general", np.roll(member, shift, axis=1))
 
 
@@ -100,9 +100,9 @@ def weights(model: Any) -> dict[str, Tensor]:
 
 def train(mode: str, method: str, folder: Path, **changes: Any) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
     """The weights after a fine-tune, and the Trainer's log."""
-    resume, penalised = changes.pop("resume", None), changes.pop("penalised", True)
+    resume, count = changes.pop("resume", None), changes.pop("callbacks", None)
     model = decoder() if method == "full" else lora(decoder())
-    made = trainer(model, callbacks(model, mode)[: None if penalised else 1], folder, **changes)
+    made = trainer(model, callbacks(model, mode)[:count], folder, **changes)
     made.train(resume_from_checkpoint=resume)
     return weights(model), made.state.log_history
 
