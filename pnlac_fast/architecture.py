@@ -27,6 +27,8 @@ ACTIVATIONS = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"
 LAST = ("down_proj", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "w2", "wo", "linear2", "ff_out", "down")
 # Parts of names of what mixes tokens, whose projections may look like an MLP's.
 MIXERS = ("attn", "attention", "mamba")
+# Model types that cannot be used, and why, in a clause.
+BARRED = {"git": "writes captions, and its loss leaves out as many tokens as an image has"}
 # Names of the module of an MLP, where a block has other pairs of linear layers beside it (low-rank ones, of Gemma 3n).
 NAMES = ("mlp", "mlp_block", "feed_forward", "ffn")
 
@@ -97,6 +99,8 @@ class Architecture:
         How many there are in a block; 0 where every token takes the same MLP.
     read
         Numbers of the blocks that hold this MLP: all of them, unless the user has chosen one of several kinds.
+    unread
+        Paths of the last projections, or of the experts, beside it in these blocks: their neurons are no sites here.
     """
 
     blocks: str
@@ -106,6 +110,7 @@ class Architecture:
     hidden: int
     experts: int = 0
     read: tuple[int, ...] = ()
+    unread: tuple[str, ...] = ()
 
     @property
     def down(self) -> Projection:
@@ -148,6 +153,8 @@ def architecture(hf: Any, last_projection: str | None = None) -> Architecture:
         The scan finds no MLP, several, or not the same in every block; it names the paths to choose from.
     """
     kind, count = hf.config.model_type, getattr(hf.config.get_text_config(), "num_hidden_layers", None)
+    if kind in BARRED:
+        raise UserError(f"Model type '{kind}' {BARRED[kind]}: give a decoder of text alone.")
     decoder = backbone(hf)
     front = next(name for name, module in hf.named_modules() if module is decoder)
     lists = {name: len(module) for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)}
@@ -160,12 +167,13 @@ def architecture(hf: Any, last_projection: str | None = None) -> Architecture:
         )
     path = ".".join(part for part in (front, name) if part)
     candidates: dict[str, dict[Architecture, list[int]]] = {}  # by path of the last projection
-    unknown: dict[str, None] = {}
+    unknown: dict[str, set[int]] = {}
     alone = True
     for layer, block in enumerate(hf.get_submodule(path)):
         found, others = _of_block(block, path, last_projection)
         alone &= len(found) == 1 and not others
-        unknown |= dict.fromkeys(others)
+        for at in others:
+            unknown.setdefault(at, set()).add(layer)
         for at, mlp in found.items():
             candidates.setdefault(at, {}).setdefault(mlp, []).append(layer)
     if last_projection is None and alone and len(candidates) == 1:
@@ -174,7 +182,9 @@ def architecture(hf: Any, last_projection: str | None = None) -> Architecture:
         chosen = candidates.get(last_projection or "", {})
     if len(chosen) == 1:
         mlp, layers = next(iter(chosen.items()))
-        return replace(mlp, read=tuple(layers))
+        beside = {at: {layer for on in each.values() for layer in on} for at, each in candidates.items()} | unknown
+        unread = tuple(at for at, on in beside.items() if at != mlp.down.path and on & set(layers))
+        return replace(mlp, read=tuple(layers), unread=unread)
     raise _refusal(kind, last_projection, candidates, [*unknown], _linears(hf.get_submodule(path)[0]))
 
 
@@ -193,13 +203,13 @@ def _refusal(
             f"block, with --last-projection. There are {', '.join((unknown or linears)[:8]) or 'no linear layers'}."
         )
     shapes = [f"{n} ({m.neurons} neurons, {_layers(on)})" for n, ms in candidates.items() for m, on in ms.items()]
-    shapes += [f"{name} (of a kind that is not known)" for name in unknown]
+    shapes += [f"{name} (experts without transformers' experts interface, which cannot be read)" for name in unknown]
     held = f"The blocks of model type '{kind}' hold {' and '.join(shapes)}"
     if len(candidates[last] if last in candidates else min(candidates.values(), key=len)) > 1:
         return UserError(f"{held}. Only MLPs of one width are read together: give a model whose blocks are alike.")
     return UserError(
-        f"{held}{f', and no MLP{at}' if at else ''}: name the one to read with --last-projection; blocks without it "
-        f"are left out."
+        f"{held}{f', and no MLP{at}' if at else ''}: name the one to read with --last-projection; blocks without it, "
+        f"and neurons of the others, are left out."
     )
 
 

@@ -44,6 +44,11 @@ def dry_run(model: Model) -> None:
     try:
         run(model, batch, SITES, visit, shortcuts=())
     except UnvisitedError as error:
+        if waiting := getattr(model.hf.config.get_text_config(), "cross_attention_layers", None):
+            raise UserError(
+                f"Layers of '{model.name}' run only beside an image (cross_attention_layers in its config: "
+                f"{', '.join(map(str, waiting))}), so a text has no activations there: give a model of text alone."
+            ) from error
         raise UserError(
             f"The sites of '{model.name}' do not run as its blocks are built ({error}): name the MLP's last projection "
             f"with --last-projection."
@@ -54,6 +59,12 @@ def dry_run(model: Model) -> None:
             f"({first_line(error)}): try --dtype float32, or check its config."
         ) from error
     for site, widths in seen.items():
+        streams = getattr(model.hf.config.get_text_config(), "hc_mult", None)
+        if set(widths) != {model.width(site)} and site == "resid" and streams:
+            raise UserError(
+                f"The blocks of '{model.name}' (model type '{model.hf.config.model_type}') pass on {streams} streams "
+                f"for each token (hc_mult in its config), and no single residual stream: give another decoder."
+            )
         if set(widths) != {model.width(site)} and site == "resid":
             raise UserError(
                 f"The blocks of '{model.name}' (model type '{model.hf.config.model_type}') do not give one vector of "
@@ -83,7 +94,8 @@ def self_check(model: Model) -> dict[str, Any]:
     -------
     dict
         ``layers``, ``blocks`` (their path), ``read`` (numbers of the blocks that are layers here, where not all are),
-        ``mlp`` (paths of the projections, the last one at the end), ``experts`` (of a block, 0 for none) and ``widths``
+        ``mlp`` (paths of the projections, the last one at the end), ``unread`` (paths of other MLPs in the same blocks,
+        whose neurons are no sites, where there are any), ``experts`` (of a block, 0 for none) and ``widths``
         (neurons of each site in a layer); ``shortcuts`` that ``cache`` takes, and why others are ``left_out``;
         ``checks``, for each its ``error``, the largest difference over the largest value of a site and layer, what is
         ``allowed`` in the model's dtype, and whether it ``holds``:
@@ -130,6 +142,7 @@ def self_check(model: Model) -> dict[str, Any]:
         "blocks": found.blocks,
         **({} if len(found.read) == len(model.hf.get_submodule(found.blocks)) else {"read": list(found.read)}),
         "mlp": [f"{part.path}.{part.name}" if found.experts else part.path for part in found.projections],
+        **({"unread": list(found.unread)} if found.unread else {}),
         "experts": found.experts,
         "widths": {site: model.width(site) for site in SITES},
         "shortcuts": [name for name in SHORTCUTS if name not in barred],

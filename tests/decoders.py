@@ -169,7 +169,11 @@ GROUPS = {
 }
 HEADS = {
     "whole": "",
-    "named": "Blocks hold several MLPs, or blocks hold different ones. `--last-projection` takes any of these paths.",
+    "named": "Blocks hold several MLPs, or blocks hold different ones. `--last-projection` takes any of these paths, "
+    "one at a time: of a mixture beside a shared expert, either the experts are read, patched and masked, or the "
+    "shared expert is. `env` names the other as `unread`; `mlp_out` is the output of the one that is read, `resid` has "
+    "both. Experts of Llama 4 cannot be read: the router scales what enters them, not what they give, and they are not "
+    "behind transformers' experts interface. Its shared expert can.",
     "left": "Positions or states of these do not follow the mask. `cache` pads on the right only, where they are read "
     "as they should be; `env` refuses them, because answers that are generated in batches would be wrong.",
     "refused": "With this sentence. Most have no MLP, or let tokens look ahead.",

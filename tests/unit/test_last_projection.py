@@ -43,7 +43,9 @@ def test_of_blocks_that_differ_those_with_one_kind_of_mlp_are_read(kind: str, tm
     hf: Any = AutoModelForCausalLM.from_config(config).double().eval()
     if hasattr(hf, "set_experts_implementation"):
         hf.set_experts_implementation("eager")
-    with pytest.raises(UserError, match=r"neurons, layers? [0-9, ]+\) and .*blocks without it are left out"):
+    with pytest.raises(
+        UserError, match=r"neurons, layers? [0-9, ]+\) and .*blocks without it, and neurons of the others, are left out"
+    ):
         architecture(hf)
     model = from_hf(hf, None, last_projection=path)
     report = self_check(model)
