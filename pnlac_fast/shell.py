@@ -22,7 +22,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "normalise": ("token", "sum"),
     "only": (
         *("localise", "overhead", "contrast_kernel", "masked_step", "training_step"),
-        *("memory", "store", "queries", "stall"),
+        *("mixture_step", "memory", "store", "queries", "stall"),
     ),
     "raw": ("none", "last", "pooled", "selected", "full"),
     "raw_dtype": ("auto", "float32", "float16", "bfloat16"),

@@ -32,7 +32,9 @@ def env(model: str | None, as_json: bool, **given: Any) -> None:
 @option("--clock", default="wall", show_default=True, help="wall, or cpu: processor time, where others compute too.")
 @option("--questions", type=int, help="Questions of each of six topics. Default: by shape, for seconds a pass.")
 @names(
-    "--only", None, "localise, overhead, contrast_kernel, masked_step, training_step, memory, store, queries, stall."
+    "--only",
+    None,
+    "localise, overhead, contrast_kernel, masked_step, training_step, mixture_step, memory, store, queries, stall.",
 )
 @as_json
 def bench(shape: tuple[str, ...], only: tuple[str, ...], as_json: bool, **given: Any) -> None:

@@ -80,7 +80,7 @@ def test_each_part_is_named_by_the_help_and_can_be_asked_for_alone(
     spread = {"median": 0.5, "min": 0.4, "max": 0.6, "repeats": 1}
     for module in (suite.contrast_kernel, suite.localise, suite.masked, suite.memory, suite.overhead, suite.store):
         monkeypatch.setattr(module, "measure", lambda *_, **__: {"a": spread})
-    for module in (suite.training_step, suite.queries, suite.stall):
+    for module in (suite.training_step, suite.mixture_step, suite.queries, suite.stall):
         monkeypatch.setattr(module, "measure", lambda **_: {"a": spread})
     found = cli("bench", "--shape", "test", "--only", part, "--json").json
     assert found.keys() & set(suite.PARTS) == {part}
