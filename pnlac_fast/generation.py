@@ -122,6 +122,7 @@ def generate(
         Two models have one name, or a patch was made for none of them.
     """
     questions = as_questions(data)
+    read = {name: load_patch(path) for name, path in (patches or {}).items()}
     base, others = open_models(model, tuned or {})
     models = {"base": base, **others}
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
@@ -130,7 +131,7 @@ def generate(
     for name, path in (patches or {}).items():
         if name in found:
             raise UserError(f"Two models are called '{name}': name the patch with --patch NAME=PATH.")
-        subject = made_for(load_patch(path), models)
+        subject = made_for(read[name], models)
         with load_patched(subject, path):
             found[name] = answers(subject, questions, **options)
     records = [

@@ -115,6 +115,12 @@ def locate(
     if model is not None:
         from pnlac_fast.loading import open_models
 
+        if data is None:
+            raise UserError("A model is there to read questions: give --data too, or leave out --model.")
+        if contrast != SIDES:
+            if ATTRIBUTION not in methods and not evidence:
+                raise UserError("Scores of moments need no model: leave out --model, or give --score attribution.")
+            stores.list_results(store)  # a store that cannot be read is better known before a model is loaded
         model, tuned = open_models(model, tuned or {})  # once for all that reads them
         _compute(store, contrast, methods, model, tuned, data, evidence, site, tokens, normalise, reading)
     moments = attributed = None
@@ -208,7 +214,7 @@ def _compute(
     methods: Sequence[str],
     model: Model | str | Path,
     tuned: Mapping[str, Model | str | Path] | None,
-    data: str | Path | Sequence[Question] | None,
+    data: str | Path | Sequence[Question],
     evidence: bool,
     site: str | None,
     tokens: str | None,
@@ -220,13 +226,9 @@ def _compute(
     from pnlac_fast.noise import noise_floor
     from pnlac_fast.sides import contrast_sides
 
-    if data is None:
-        raise UserError("A model is there to read questions: give --data too, or leave out --model.")
     if contrast == SIDES:
         contrast_sides(model, data, store=store, sites=(site or "mlp_mid",), **reading)
         return
-    if ATTRIBUTION not in methods and not evidence:
-        raise UserError("Scores of moments need no model: leave out --model, or give --score attribution.")
     if evidence:
         moments = stores.open_contrast(store)
         site, tokens = site or str(moments["site"].values[0]), tokens or str(moments["tokens"].values[0])

@@ -228,6 +228,9 @@ def test_settings_of_a_finetune(cli, base, tmp_path: Path, options: list, said: 
         (["finetune", "--data", "data", "--topic", "race", "--side", "left", "--out", "o", "--epochs", "0"], "nothing"),
         (["finetune", "--data", "data", "--topic", "race", "--side", "left", "--out", "o", "--rival", "x"], "no rival"),
         (["utility", "--tuned", "T"], "--text, --answers"),
+        (["generate", "--data", "data", "--patch", "no.safetensors"], "no.safetensors"),
+        (["locate", "no.zarr", "--data", "data", "--tuned", "T", "--score", "attribution"], "no.zarr"),
+        (["locate", "run.zarr", "--data", "data", "--tuned", "T"], "need no model"),
     ],
 )
 def test_no_model_is_loaded_for_what_options_alone_tell(
@@ -238,4 +241,4 @@ def test_no_model_is_loaded_for_what_options_alone_tell(
 
     monkeypatch.setattr(loading, "load_model", load)
     monkeypatch.chdir(world)
-    refused(cli(arguments[0], "--model", "BASE", *arguments[1:]), MEND, said)
+    refused(cli(*arguments, "--model", "BASE"), MEND, said)
