@@ -138,6 +138,23 @@ def save_questions(questions: Iterable[Question], directory: str | Path, split: 
         (folder / f"{topic}_{side}_{split}.json").write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
 
+def following(topics: Iterable[str], tuned: str, count: int) -> list[str]:
+    """The ``count`` topics that follow a tuned one, the last followed by the first.
+
+    Held out for every tuned topic in turn, each topic is held out as often as any other.
+
+    Raises
+    ------
+    UserError
+        The tuned topic is not among them, or none would be left beside it.
+    """
+    order = list(topics)
+    if tuned not in order or not 0 < count < len(order) - 1:
+        raise UserError(f"Of {len(order)} topics, {count} besides '{tuned}' cannot be held out and others be left.")
+    first = order.index(tuned) + 1
+    return [order[place % len(order)] for place in range(first, first + count)]
+
+
 def fingerprint(questions: Iterable[Question]) -> str:
     """sha256 of the questions and their completions, in order; names the data in provenance."""
     digest = hashlib.sha256()

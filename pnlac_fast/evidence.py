@@ -16,7 +16,7 @@ from pnlac_fast.errors import UserError
 from pnlac_fast.neurons import jaccard
 from pnlac_fast.scores import scores
 from pnlac_fast.store.contrast import statistics
-from pnlac_fast.top_sets import Localization, intersect, top_set
+from pnlac_fast.top_sets import PART, Localization, intersect, top_set
 
 RATE = 0.05  # false discoveries among the neurons called significant
 LAYER_SCORES = ("rms", "std_rms")  # raw, and not favouring layers with large activations
@@ -169,7 +169,10 @@ def _again(sums: xr.Dataset, labels: np.ndarray, topics: Sequence[str], found: L
     moments = statistics(n, base, np.moveaxis(tuned, 1, 0))
     contrast = xr.Dataset({name: (dims, value.reshape(-1, *value.shape[-2:])) for name, value in moments.items()})
     contrast = contrast.assign(n=("topic", n)).assign_coords(topic=np.array(topics, object))
-    options = {name: how[name] for name in ("top", "specific", "general_share", "per_layer") if name in how}
+    names = ("top", "specific", "specific_share", "general_share", "per_layer")
+    options = {name: how[name] for name in names if name in how}
+    if "specific_share" in options:
+        options["part"] = scores(contrast, PART)
     value = scores(contrast, how["score"])
     return intersect(value, "", site=found.general.site, tokens=how["tokens"], score=how["score"], **options)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import xarray as xr
 
 from pnlac_fast import store as stores
-from pnlac_fast.datasets import Question
+from pnlac_fast.datasets import Question, following
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.neurons import SIDES, NeuronSet, save_sets, to_dataset
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
@@ -30,6 +30,8 @@ def locate(
     score: str = "rms",
     specific: str = "strict",
     general_share: float | None = None,
+    specific_share: float | None = None,
+    hold_out: int = 0,
     site: str | None = None,
     tokens: str | None = None,
     per_layer: bool = False,
@@ -60,6 +62,13 @@ def locate(
         in the code released with the paper).
     general_share
         Grow or shrink the general set to exactly this share of all neurons (see :func:`pnlac_fast.top_sets.grow`).
+    specific_share
+        Make the specific sets exactly this share of all neurons: those of the topic's top set that take least part in
+        the other topics, by the score "part" (see :func:`pnlac_fast.top_sets.quietest`). ``specific`` does not count.
+    hold_out
+        Leave out so many topics, those that follow the tuned one in the store: so that a fine-tune with these neurons
+        can be judged on a topic of which nothing was known, as with ``kl_hold_out`` of
+        :func:`pnlac_fast.sweeping.plan_runs`.
     per_layer
         Take the top of each layer by itself instead of all layers together.
     score
@@ -107,6 +116,10 @@ def locate(
             raise unknown("score", name, (*SCORES, ATTRIBUTION))
     if contrast == SIDES and ATTRIBUTION in methods:
         raise UserError("Attribution needs a tuned model: leave out --contrast sides.")
+    if evidence and hold_out:
+        raise UserError("Evidence looks at every topic: locate once more without --hold-out for it.")
+    if specific_share is not None and score == ATTRIBUTION:
+        raise UserError("A specific share needs a score of moments: leave out --score attribution.")
     if evidence and (contrast == SIDES or score == ATTRIBUTION):
         raise UserError("Evidence comes from the sums of a store's units: give a score of moments, --contrast tuned.")
     if probe is not None and not (evidence and model is not None and tuned and data is not None):
@@ -148,14 +161,17 @@ def locate(
             "top": top,
             "specific": specific,
             "general_share": general_share,
+            "specific_share": specific_share,
             "per_layer": per_layer,
             "tuned_topic": recorded or (name if name in topics else ""),
             "base": origin.get("base", {}),
         }
+        held = following(topics, options["tuned_topic"], hold_out) if hold_out else []
+        known = ranked.sel(topic=[topic for topic in topics if topic not in held])
         if score == ATTRIBUTION:
-            found[name] = intersect(toward_tuning(ranked, name), name, **options)
+            found[name] = intersect(toward_tuning(known, name), name, **options)
         else:
-            found[name] = find(ranked, name, **options)
+            found[name] = find(known, name, **options)
     sets = [s for f in found.values() for s in f.sets]
     stores.write_sets(store, to_dataset(sets))
     if keep_scores:
@@ -197,7 +213,7 @@ def resize(store: str | Path, neurons: NeuronSet, general_share: float) -> Local
     UserError, StoreError
         The store lacks what the neurons were located from.
     """
-    names = ("score", "top", "tokens", "specific", "per_layer", "tuned_topic")
+    names = ("score", "top", "tokens", "specific", "specific_share", "per_layer", "tuned_topic")
     options: dict[str, Any] = {name: neurons.found[name] for name in names if name in neurons.found}
     options |= {"site": neurons.site, "base": neurons.base, "general_share": general_share}
     if options["score"] == ATTRIBUTION:

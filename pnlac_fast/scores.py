@@ -9,7 +9,7 @@ import xarray as xr
 
 from pnlac_fast.errors import unknown
 
-SCORES = ("rms", "std_rms", "mean_diff", "cohens_d", "welch_t", "paired_t")
+SCORES = ("rms", "std_rms", "mean_diff", "cohens_d", "welch_t", "paired_t", "part")
 ATTRIBUTION = "attribution"  # needs the models too: see pnlac_fast.attribution
 
 
@@ -26,6 +26,7 @@ def scores(contrast: xr.Dataset, score: str = "rms") -> xr.DataArray:
     cohens_d  abs(mean d) / sqrt((s²(a) + s²(b)) / 2) Cohen, Statistical Power Analysis (1988); unpaired
     welch_t   abs(mean d) / sqrt((s²(a) + s²(b)) / m) Welch, Biometrika 34 (1947); unpaired, m = n - 1
     paired_t  abs(mean d) / (s(d) / sqrt(m))          Student, Biometrika 6 (1908); the same tokens, m = n - 1
+    part      (mean a² * mean d²) ** (1/4)            ours; 0 unless it fires and changes: what part it takes in a topic
     ========= ======================================= ==========================================================
 
     Within one topic welch_t ranks as cohens_d does; across topics it grows with the number of tokens. Dividing a
@@ -41,9 +42,9 @@ def scores(contrast: xr.Dataset, score: str = "rms") -> xr.DataArray:
     Returns
     -------
     xarray.DataArray
-        float64, dims of ``contrast["rms"]``: (model, topic, site, tokens, layer, neuron), or those selected; rms and
-        mean_diff in units of the activation, std_rms and cohens_d in standard deviations, the t of the tests in
-        standard errors. A neuron whose denominator is 0 scores 0 where it did not change, and infinity where it did.
+        float64, dims of ``contrast["rms"]``: (model, topic, site, tokens, layer, neuron), or those selected; rms,
+        mean_diff and part in units of the activation, std_rms and cohens_d in standard deviations, the t of the tests
+        in standard errors. A neuron whose denominator is 0 scores 0 where it did not change, and infinity where it did.
 
     Raises
     ------
@@ -54,6 +55,9 @@ def scores(contrast: xr.Dataset, score: str = "rms") -> xr.DataArray:
         raise unknown("score", score, SCORES)
     if score == "rms":
         value = contrast["rms"]
+    elif score == "part":
+        fires = contrast["mean_base"].astype("f8") ** 2 + contrast["std_base"].astype("f8") ** 2
+        value = (contrast["rms"].astype("f8") * fires**0.5) ** 0.5
     elif score == "std_rms":
         value = _ratio(contrast["rms"], contrast["std_base"])
     elif score == "mean_diff":

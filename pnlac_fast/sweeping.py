@@ -19,7 +19,7 @@ import xarray as xr
 from tqdm import tqdm
 
 from pnlac_fast.comparison import as_run, compare, join
-from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint
+from pnlac_fast.datasets import Question, as_questions, by_topic, fingerprint, following
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.hub import local
 from pnlac_fast.interventions import choose_sets
@@ -218,13 +218,11 @@ def _run(base: Model, data: Any, probe: Any, template: str, out: Path, run: Plan
 
 def _seen(topics: Iterable[str], options: Mapping[str, Any], hold_out: int) -> list[str]:
     """The topics of a KL, all but the tuned one and the ``hold_out`` that follow it."""
-    order, tuned = list(topics), options["topic"]
     if options.get("kl_topics") is not None:
         raise UserError("kl_topics and kl_hold_out both say which topics a KL sees: give one of them.")
-    if tuned not in order or not 0 < hold_out < len(order) - 1:
-        raise UserError(f"Of {len(order)} topics, {hold_out} besides '{tuned}' cannot be held out and others be left.")
-    first = order.index(tuned) + 1 + hold_out
-    return [order[place % len(order)] for place in range(first, first - 1 - hold_out + len(order))]
+    order = list(topics)
+    unseen = {options["topic"], *following(order, options["topic"], hold_out)}
+    return [topic for topic in order if topic not in unseen]
 
 
 def _result(place: Path, run: Planned) -> xr.Dataset:

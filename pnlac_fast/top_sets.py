@@ -14,6 +14,7 @@ from pnlac_fast.neurons import NeuronSet, jaccard
 from pnlac_fast.scores import scores
 
 SPECIFIC = ("strict", "paper")
+PART = "part"  # the score by which specific sets of a given share are quiet elsewhere
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +91,25 @@ def grow(score: np.ndarray, share: float) -> np.ndarray:
     return top_set(-worst.astype(float), share)
 
 
+def quietest(top: np.ndarray, part: np.ndarray, share: float) -> np.ndarray:
+    """Of a top set, the neurons that take least part in the other topics: ``share`` of all, bool [layer, neuron]. Ours.
+
+    ``top`` is bool [layer, neuron]; a neuron stands as high as the best of its ranks in ``part`` [other topic, layer,
+    neuron].
+
+    Raises
+    ------
+    UserError
+        The top set has fewer neurons.
+    """
+    if round(top.size * share) > top.sum():
+        raise UserError(
+            f"A specific share of {share:.3g} does not fit into a top set of {top.mean():.3g}: raise --top."
+        )
+    best = np.stack([ranks(p) for p in part]).min(0)
+    return top_set(np.where(top, best, -1.0), share)
+
+
 def find(
     contrast: xr.Dataset,
     model: str,
@@ -108,7 +128,8 @@ def find(
     score
         One of :data:`pnlac_fast.scores.SCORES`.
     options
-        ``top``, ``specific``, ``general_share``, ``per_layer``, ``tuned_topic`` and ``base`` of :func:`intersect`.
+        ``top``, ``specific``, ``specific_share``, ``general_share``, ``per_layer``, ``tuned_topic`` and ``base`` of
+        :func:`intersect`.
 
     Raises
     ------
@@ -119,8 +140,10 @@ def find(
         if name not in contrast[dim].values:
             raise unknown(dim, name, map(str, contrast[dim].values))
     selected = contrast.sel(model=model, site=site, tokens=tokens)
-    value = scores(selected, score).isel(neuron=slice(0, int(selected["width"])))
-    return intersect(value, model, site=site, tokens=tokens, score=score, **options)
+    selected = selected.isel(neuron=slice(0, int(selected["width"])))
+    if options.get("specific_share") is not None:
+        options["part"] = scores(selected, PART)
+    return intersect(scores(selected, score), model, site=site, tokens=tokens, score=score, **options)
 
 
 def intersect(
@@ -133,6 +156,8 @@ def intersect(
     top: float = 0.05,
     specific: str = "strict",
     general_share: float | None = None,
+    specific_share: float | None = None,
+    part: xr.DataArray | None = None,
     per_layer: bool = False,
     tuned_topic: str = "",
     base: Mapping[str, Any] | None = None,
@@ -153,6 +178,9 @@ def intersect(
         Fraction of all neurons in each top set.
     general_share
         Grow or shrink the general set to exactly this share of all neurons (see :func:`grow`).
+    specific_share, part
+        Make the specific sets exactly this share of all neurons, those of the top set that take least part in the other
+        topics (see :func:`quietest`); ``part`` float (topic, layer, neuron) is that score of every neuron.
     tuned_topic
         What the model was tuned on; with it the sets of on-topic against off-topic scores are made too.
 
@@ -169,12 +197,15 @@ def intersect(
     value = value.transpose("topic", "layer", "neuron").compute()
     tops = np.stack([top_set(v, top, per_layer=per_layer) for v in value.values])
     shared = np.asarray(tops.all(axis=0)) if general_share is None else grow(value.values, general_share)
-    own = {
-        t: member & (tops.sum(0) == 1 if specific == "strict" else ~shared)
-        for t, member in zip(topics, tops, strict=True)
-    }
+    if specific_share is None:
+        own = [member & (tops.sum(0) == 1 if specific == "strict" else ~shared) for member in tops]
+    else:
+        assert part is not None
+        parts = part.transpose("topic", "layer", "neuron").values
+        own = [quietest(member, np.delete(parts, i, 0), specific_share) for i, member in enumerate(tops)]
     found = {"score": score, "top": top, "tokens": tokens, "specific": specific, "per_layer": per_layer}
-    found |= {} if general_share is None else {"general_share": general_share}
+    shares = {"general_share": general_share, "specific_share": specific_share}
+    found |= {name: share for name, share in shares.items() if share is not None}
     found |= {"tuned_topic": tuned_topic} if tuned_topic else {}
 
     def named(kind: str, member: np.ndarray, topic: str = "") -> NeuronSet:
@@ -185,7 +216,7 @@ def intersect(
     free = _without_intersection(value.values, size, topics.index(tuned_topic) if tuned_topic in topics else None)
     return Localization(
         general=named("general", shared),
-        specific={t: named("specific", member, t) for t, member in own.items()},
+        specific={t: named("specific", member, t) for t, member in zip(topics, own, strict=True)},
         top={t: named("top", member, t) for t, member in zip(topics, tops, strict=True)},
         mean=named("mean", free.pop("mean")),
         contrasted={kind: named(kind, member) for kind, member in free.items()},
@@ -193,12 +224,16 @@ def intersect(
         overlap=np.array([[jaccard(a, b) for b in tops] for a in tops]),
         chance={
             "general": k**n,
-            "specific": k * (1 - k) ** (n - 1) if specific == "strict" else k * (1 - k ** (n - 1)),
+            "specific": _chance_of_specific(k, n, specific) if specific_share is None else specific_share,
             "top": k,
             "jaccard": k / (2 - k),
             **dict.fromkeys(("mean", *free), size),
         },
     )
+
+
+def _chance_of_specific(k: float, topics: int, specific: str) -> float:
+    return k * (1 - k) ** (topics - 1) if specific == "strict" else k * (1 - k ** (topics - 1))
 
 
 def _without_intersection(value: np.ndarray, share: float, tuned: int | None) -> dict[str, np.ndarray]:

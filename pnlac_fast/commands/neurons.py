@@ -35,12 +35,14 @@ NORMALISE = "Log-probability per token (token), or of the whole completion (sum)
     "--score",
     default="rms",
     show_default=True,
-    help="rms, std_rms, mean_diff, cohens_d, welch_t, paired_t, or attribution (change times gradient).",
+    help="rms, std_rms, mean_diff, cohens_d, welch_t, paired_t, part, or attribution (change times gradient).",
 )
 @option(
     "--specific", default="strict", show_default=True, help="Specific means in no other top set (strict), or paper."
 )
 @option("--general-share", type=Share(), help="Grow or shrink the general set to this share of all neurons.")
+@option("--specific-share", type=Share(), help="Make specific sets this share: what takes least part elsewhere.")
+@option("--hold-out", default=0, help="Leave out so many topics, those after the tuned one, to judge unseen.")
 @option("--site", help="Default: the first of the store.")
 @option("--tokens", help="Default: the first of the store.")
 @option("--per-layer", is_flag=True, help="Take the top share of every layer apart.")

@@ -19,7 +19,8 @@ from pnlac_fast.patches import load_patched
 
 def test_locate_equals_the_library_call(cli, world: Path, tmp_path: Path) -> None:
     options = ["--top", "0.3", "--score", "std_rms", "--specific", "paper", "--tokens", "prompt", "--per-layer"]
-    asked = ["locate", world / "run.zarr", *options, "--general-share", "10%", "-o", tmp_path / "n.json"]
+    shares = ["--general-share", "10%", "--specific-share", "5%", "--hold-out", "1"]
+    asked = ["locate", world / "run.zarr", *options, *shares, "-o", tmp_path / "n.json"]
     result = done(cli(*asked, "--json")).json
     found = locate(
         world / "run.zarr",
@@ -29,6 +30,8 @@ def test_locate_equals_the_library_call(cli, world: Path, tmp_path: Path) -> Non
         tokens="prompt",
         per_layer=True,
         general_share=0.1,
+        specific_share=0.05,
+        hold_out=1,
     )
     sets = {(row["model"], row["set"]): row for row in result["sets"]}
     for name, there in found.items():

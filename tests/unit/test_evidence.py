@@ -131,6 +131,13 @@ def test_specific_neurons_of_topics_that_do_not_differ_are_no_more_than_noise() 
     assert record["halves_same_topic"] - record["halves_other_topic"] < 0.1
 
 
+def test_specific_sets_of_a_given_share_are_made_as_large_from_halves_and_shuffled_topics() -> None:
+    contrast, partials, _, _ = world(changes(1, 1))
+    result = evidence({"m": find(contrast, "m", top=0.2, specific_share=0.05)}, contrast, partials, draws=3)
+    assert np.allclose(result["null_specific"], 0.05)
+    assert np.allclose(result["specific"], 0.05)
+
+
 def test_null_and_halves_are_what_locating_by_hand_gives() -> None:
     contrast, partials, a, b = world(changes(1, 1), questions=6, units=2)
     found = find(contrast, "m", top=0.2)

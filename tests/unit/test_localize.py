@@ -27,10 +27,11 @@ TOPICS = ["race", "science", "economy"]
 def contrast(rms: np.ndarray, **others: np.ndarray) -> xr.Dataset:
     """A contrast of one model, site and selector from arrays [topic, layer, neuron]."""
     dims = ("model", "topic", "site", "tokens", "layer", "neuron")
-    names = ("std_tuned", "mean_diff", "std_diff", "std_base")
+    names = ("std_tuned", "mean_diff", "std_diff", "std_base", "mean_base")
     arrays = {"rms": rms, **{name: others.get(name, np.ones_like(rms)) for name in names}}
     data = {name: (dims, value[None, :, None, None].astype("f4")) for name, value in arrays.items()}
-    data["std_base"] = (dims[1:], arrays["std_base"][:, None, None].astype("f4"))
+    for name in ("std_base", "mean_base"):
+        data[name] = (dims[1:], arrays[name][:, None, None].astype("f4"))
     coords = {
         "model": ["m"],
         "topic": TOPICS,
@@ -64,6 +65,22 @@ def test_general_specific_and_top_follow_their_definitions() -> None:
     assert found.chance["jaccard"] == pytest.approx(0.3 / 1.7)
 
 
+def test_a_specific_share_takes_those_of_the_top_set_that_rank_lowest_elsewhere() -> None:
+    generator = np.random.default_rng(2)
+    rms, mean, std = generator.random((3, 3, 4, 25))
+    data = contrast(rms, mean_base=mean, std_base=std)
+    found = find(data, "m", top=0.3, specific_share=0.07)
+    part = scores(data, "part").values[0, :, 0, 0]
+    for t, topic in enumerate(TOPICS):
+        best = np.stack([ranks(part[o]) for o in range(3) if o != t]).min(0)
+        inside = sorted((-best[i, j], i, j) for i, j in np.argwhere(found.top[topic].member))
+        assert {tuple(x) for x in np.argwhere(found.specific[topic].member)} == {(i, j) for _, i, j in inside[:7]}
+    assert found.chance["specific"] == found.specific["race"].found["specific_share"] == 0.07
+    assert np.array_equal(found.general.member, find(data, "m", top=0.3).general.member)
+    with pytest.raises(UserError, match="raise --top"):
+        find(data, "m", top=0.05, specific_share=0.07)
+
+
 def test_chance_is_what_independent_scores_give() -> None:
     generator = np.random.default_rng(1)
     shares: dict[str, list[float]] = {"general": [], "specific": []}
@@ -80,7 +97,7 @@ def test_chance_is_what_independent_scores_give() -> None:
 def test_scores_follow_their_definitions() -> None:
     generator = np.random.default_rng(0)
     parts = {name: generator.random((3, 2, 5)) + 0.1 for name in ("rms", "std_base", "std_tuned", "std_diff")}
-    parts["mean_diff"] = generator.standard_normal((3, 2, 5))
+    parts |= {name: generator.standard_normal((3, 2, 5)) for name in ("mean_diff", "mean_base")}
     data = contrast(parts["rms"], **{k: v for k, v in parts.items() if k != "rms"})
     expected = {
         "rms": parts["rms"],
@@ -89,6 +106,7 @@ def test_scores_follow_their_definitions() -> None:
         "cohens_d": abs(parts["mean_diff"]) / np.sqrt((parts["std_base"] ** 2 + parts["std_tuned"] ** 2) / 2),
         "welch_t": abs(parts["mean_diff"]) / np.sqrt((parts["std_base"] ** 2 + parts["std_tuned"] ** 2) / 9),
         "paired_t": abs(parts["mean_diff"]) / (parts["std_diff"] / 3),
+        "part": np.sqrt(parts["rms"] * np.hypot(parts["mean_base"], parts["std_base"])),
     }
     for name, value in expected.items():
         assert np.allclose(scores(data, name).values[0, :, 0, 0], value, rtol=1e-5)
@@ -282,3 +300,15 @@ def test_locate_writes_the_sets_into_the_store_and_a_file(
     assert resid["race"].general.member.shape == (3, 32)
     assert len(resid["race"].general) == 12
     load_sets(tmp_path / "n.json")["race/general"].check(load_model(model_paths["llama"]))
+
+    options: dict[str, float] = {"top": 0.2, "specific_share": 0.05}
+    held = locate(store, hold_out=1, **options)["race"]
+    assert list(held.top) == list(held.specific) == ["race", "economy"]  # science comes after race
+    without = find(stores.open_contrast(store).sel(topic=["race", "economy"]), "race", **options)
+    assert np.array_equal(held.specific["race"].member, without.specific["race"].member)
+    assert not np.array_equal(held.general.member, locate(store, **options)["race"].general.member)
+    with pytest.raises(UserError, match="2 besides 'race' cannot be held out"):
+        locate(store, hold_out=2)
+    for wrong in ({"evidence": True, "hold_out": 1}, {"score": "attribution", "specific_share": 0.05}):
+        with pytest.raises(UserError, match=r"without --hold-out|leave out --score"):
+            locate(store, **wrong)
