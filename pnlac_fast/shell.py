@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from click.shell_completion import BashComplete, CompletionItem, FishComplete, ZshComplete, add_completion_class
 
-SCORES = ("rms", "std_rms", "mean_diff", "cohens_d", "welch_t", "paired_t", "attribution")
+SCORES = ("rms", "std_rms", "mean_diff", "cohens_d", "welch_t", "paired_t", "part", "attribution")
 
 # By the option's parameter. That these are the library's words is tested; asking it would take seconds.
 WORDS: dict[str, tuple[str, ...]] = {
