@@ -150,7 +150,10 @@ def following(topics: Iterable[str], tuned: str, count: int) -> list[str]:
     """
     order = list(topics)
     if tuned not in order or not 0 < count < len(order) - 1:
-        raise UserError(f"Of {len(order)} topics, {count} besides '{tuned}' cannot be held out and others be left.")
+        raise UserError(
+            f"Of {len(order)} topics, {count} besides '{tuned}' cannot be held out and others be left: hold out fewer, "
+            f"or give questions of more topics."
+        )
     first = order.index(tuned) + 1
     return [order[place % len(order)] for place in range(first, first + count)]
 

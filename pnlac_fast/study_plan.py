@@ -11,6 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pnlac_fast.caching import cache
 from pnlac_fast.datasets import SIDES
 from pnlac_fast.errors import UserError, unknown
@@ -63,6 +65,13 @@ class StudyPlan:
     topics: Sequence[str] = ()
     opposite: int = 0
     after: int = 0
+
+    @property
+    def held_out(self) -> set[int]:
+        """How many topics its neurons and its KLs leave out."""
+        counts = [one["hold_out"] for one in self.neurons.values() if "hold_out" in one]
+        counts += [one["kl_hold_out"] for one in (self.finetune, *self.methods.values()) if "kl_hold_out" in one]
+        return {int(count) for count in np.hstack([0, *counts]) if count}
 
 
 def embedded_plan(name: str) -> str:

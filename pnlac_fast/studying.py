@@ -18,7 +18,7 @@ from pnlac_fast import testbed
 from pnlac_fast.adapters import sharing
 from pnlac_fast.caching import cache
 from pnlac_fast.comparison import compare, join
-from pnlac_fast.datasets import SIDES, Question, as_questions, by_topic
+from pnlac_fast.datasets import SIDES, Question, as_questions, by_topic, following
 from pnlac_fast.errors import UserError
 from pnlac_fast.generation import generate
 from pnlac_fast.loading import load_tuned, opened
@@ -107,6 +107,9 @@ def study(
         chosen, read = read_plan(plan or {}, "model"), (as_questions(data), as_questions(probe))
         if text is not None and not Path(text).is_file():
             raise UserError(f"There is no file '{text}' with neutral text: give one with a passage in each line.")
+        for count in chosen.held_out:  # said now, not after dozens of fine-tunes
+            for topic in chosen.topics or by_topic(read[0]):
+                following(by_topic(read[0]), topic, count)
         base = opened(model)
         name = base.name
         subjects = [Subject(base, seed, *read, out=out / f"seed-{seed}", text=text, **options) for seed in seeds]

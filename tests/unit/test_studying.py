@@ -171,6 +171,9 @@ def test_a_study_needs_all_of_a_model_and_its_data(base: Model, questions: Any, 
         study(base, questions, tmp_path / "s")
     with pytest.raises(UserError, match="each seed once"):
         study(base, questions, tmp_path / "s", probe=questions, seeds=[1, 1])
+    two = [question for question in questions if question.topic != "science"]
+    with pytest.raises(UserError, match="Of 2 topics, 1 besides 'race' cannot be held out"):
+        study("nowhere", two, tmp_path / "s", probe=two)
     assert not (tmp_path / "s").exists()
 
 
