@@ -95,7 +95,7 @@ def test_ctrl_c_in_the_middle_of_a_finetune(cli, base, tmp_path: Path, monkeypat
 def test_a_signal_stops_cache_and_the_same_command_goes_on(
     cli, base, tuned, world: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    rows = [{"topic": t, "instruction": f"law {'good ' * (i % 40)}?"} for t in ("race", "economy") for i in range(200)]
+    rows = [{"topic": t, "instruction": f"law {'good ' * (i % 40)}?"} for t in ("race", "economy") for i in range(800)]
     (tmp_path / "many.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     out = tmp_path / "s.zarr"
     options = ["cache", *base[:2], "--data", tmp_path / "many.jsonl", *tuned, "--unit-tokens", 60]
