@@ -26,7 +26,7 @@ from pnlac_fast.studying import BOOTS, study_one
 from pnlac_fast.workplace import write_json
 
 UNFINISHED = "unfinished.json"  # in the output directory until all is there
-TUNED_FOR_INHIBITION = {"small": 1}  # how many of the six topics, else two; each costs twenty fine-tunes
+TUNED_FOR_INHIBITION = {"small": 1}  # how many of the six topics, else two; each costs sixteen fine-tunes
 
 
 def demo(
