@@ -159,6 +159,13 @@ def test_every_file_that_the_readme_links_to_or_names_exists() -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_every_file_that_a_page_of_the_site_links_to_or_shows_exists() -> None:
+    """The site's own check takes a link to a picture that is gone for a file."""
+    linked = {page.parent / name for page in PAGES for name in re.findall(r"\]\(([^)#:\s]+)[#)]", page.read_text())}
+    assert len(linked) > 10
+    assert [str(path) for path in linked if not path.exists()] == []
+
+
 def check(block: Block) -> None:
     """A block that does not run, or is no program, is at least what its language says."""
     if block.language in SHELL:
