@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 
 from pnlac_fast.errors import UserError
+from pnlac_fast.interventions import ON_OTHERS
 from pnlac_fast.loading import FINETUNE_FILE
 from pnlac_fast.reporting.rows import COST, MethodRow
 from pnlac_fast.trajectory import TRAJECTORY_FILE, load_trajectory
@@ -27,22 +28,22 @@ def as_run(trajectory: xr.Dataset, record: Mapping[str, Any]) -> xr.Dataset:
     Returns
     -------
     xarray.Dataset
-        ``margin`` and ``step``, with coordinates ``method`` (see :func:`method_name`; "kl_seen" where all topics that
-        could be judged are in the KL), ``tuned_topic``, ``kl_topics``
+        ``margin`` and ``step``, with coordinates ``method`` (see :func:`method_name`; "kl_seen" where it has read all
+        topics that could be judged), ``tuned_topic``, ``seen_topics``
         (joined by "+"), ``draw`` (seed of random neurons, else -1), ``count`` and ``share`` (of all neurons, those of
         the first mode that has any), ``learning_rate`` and ``seed`` on run; and of its ``COST`` what was recorded,
         NaN else.
     """
     inhibit = record["inhibit"]
     sets = [one for one in inhibit.values() if "count" in one] or [{"count": 0, "share": 0.0, "kind": "", "found": {}}]
-    seen = inhibit.get("kl", {}).get("topics", ())
+    seen = next((inhibit[mode]["topics"] for mode in ON_OTHERS if mode in inhibit), ())
     judged = {str(t) for t in trajectory["topic"].values} - {*seen, record["tuned_topic"]}
     name = method_name(record) if judged or not seen else f"{method_name(record)}_seen"
     draws = [one["found"].get("seed", -1) for one in sets if one["kind"] == "random"]
     values: dict[str, Any] = {
         "method": np.array([name], dtype=object),
         "tuned_topic": np.array([record["tuned_topic"]], dtype=object),
-        "kl_topics": np.array(["+".join(seen)], dtype=object),
+        "seen_topics": np.array(["+".join(seen)], dtype=object),
         "draw": [draws[0] if draws else -1],
         "count": [sets[0]["count"]],
         "share": [sets[0]["share"]],
@@ -62,7 +63,8 @@ def method_name(record: Mapping[str, Any]) -> str:
 
     "plain"; "freeze_5" where 5 % of all neurons were frozen; "specific_10" where only those specific in the top 10 %
     were trained; "freeze_random_5" and "specific_random_10" with random neurons in their place; "slow_5_by_0.5" where
-    5 % took half of each step; "anchor_5" and "kl", with "_by_3" for a weight of 3; "anchor_5+kl" for both together.
+    5 % took half of each step; "anchor_5" and "kl", with "_by_3" for a weight of 3; "anchor_5+kl" for both together;
+    "nullspace", and "nullspace_70" for another share than 50 %.
     Rivals are "mlp", "inoculate", or with their strength "rate_0.1", "caft_1", "steer_1". "freeze_lowest_5" is freezing
     the lowest-ranked neurons.
     """
@@ -76,6 +78,8 @@ def _mode_name(mode: str, one: Mapping[str, Any]) -> str:
     weight = "" if one.get("weight", 1) == 1 else f"_by_{one['weight']:g}"
     if mode == "kl":
         return f"kl{weight}"
+    if mode == "nullspace":
+        return "nullspace" if one["null_share"] == 0.5 else f"nullspace_{100 * one['null_share']:.0f}"
     percent = 100 * (one["found"].get("top", one["share"]) if mode == "specific" else one["share"])
     control = f"{one['kind']}_" if one["kind"] in ("random", "lowest") else ""
     amount = f"{control}{percent:{'.0f' if percent >= 0.5 else '.2g'}}"

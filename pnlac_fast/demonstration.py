@@ -144,9 +144,10 @@ def tables(result: dict[str, Any]) -> list[list[dict[str, str]]]:
 
 
 def _named(method: str) -> str:
-    """Such as "freeze 5 %", or "freeze random 5 %" for its control."""
-    name, *amount = controlled(method).split("_")
-    return " ".join([name, *(["random"] if is_control(method) else []), *amount, "%"])
+    """Such as "freeze 5 %", or "freeze random 5 %" for its control; "specific + null space"."""
+    name, *amount = controlled(method).removesuffix("_seen").split("_")
+    name = name.replace("+", " + ").replace("nullspace", "null space")
+    return " ".join([name, *(["random"] if is_control(method) else []), *(f"{number} %" for number in amount)])
 
 
 def _folder(out: Path, settings: dict[str, Any], overwrite: bool) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -16,65 +16,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pnlac_fast.architecture import backbone
-from pnlac_fast.datasets import Question
-from pnlac_fast.errors import UserError, unknown
-from pnlac_fast.generation import answers
+from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
 from pnlac_fast.penalties import Penalty, adapter_off, decoder_of
 from pnlac_fast.profiling import staged
-from pnlac_fast.prompts import DEFAULT_TEMPLATE, encode_completion, encode_prompt
-
-ON = ("answers", "prompts")
-
-
-class Reference(NamedTuple):
-    """A text on which two models are compared: its token ids, and the first one whose prediction counts."""
-
-    ids: tuple[int, ...]
-    first: int
-
-
-def references(
-    model: Model,
-    questions: Sequence[Question],
-    *,
-    on: str = "answers",
-    template: str = DEFAULT_TEMPLATE,
-    max_new_tokens: int = 64,
-    seed: int = 0,
-) -> list[Reference]:
-    """The texts for :class:`KLToBase`, from questions of other topics; their completions are not read.
-
-    Parameters
-    ----------
-    model
-        The base, before anything is trained.
-    on
-        "answers": one answer to each question, sampled from the base at temperature 1, with the end of sequence.
-        "prompts": the tokens of the question itself, which needs no sampling.
-    max_new_tokens, seed
-        Of the answers.
-
-    Raises
-    ------
-    UserError
-        There are no questions, or a text is longer than the model's context.
-    """
-    if on not in ON:
-        raise unknown("place of the KL", on, ON)
-    if not questions:
-        raise UserError("There are no questions to hold the model to its base on: give questions of other topics.")
-    encoded = [encode_prompt(model.tokenizer, question, template) for question in questions]
-    if on == "prompts":
-        return [Reference(prompt.ids, max(1, prompt.counted[0])) for prompt in encoded]
-    written = answers(model, questions, template=template, max_new_tokens=max_new_tokens, temperature=1.0, seed=seed)
-    end = (model.tokenizer.eos_token_id,)
-    return [
-        Reference(
-            (*prompt.ids, *(encode_completion(model.tokenizer, text, template) if text else ()), *end), len(prompt.ids)
-        )
-        for prompt, text in zip(encoded, written, strict=True)
-    ]
+from pnlac_fast.references import Reference, predict
 
 
 class KLToBase(Penalty):
@@ -88,7 +34,7 @@ class KLToBase(Penalty):
     Parameters
     ----------
     texts
-        From :func:`references`.
+        From :func:`pnlac_fast.references.references`.
     weight
         Factor of the term, lambda; the term is in nats a token, as the loss is.
     batch_size
@@ -131,7 +77,7 @@ class KLToBase(Penalty):
         with torch.no_grad():
             for start in range(0, len(self.texts), self.batch_size):
                 part = self.texts[start : start + self.batch_size]
-                kept += _logits(decoder, part).cpu().split([len(text.ids) - text.first for text in part])
+                kept += predict(decoder, part)[0].cpu().split([len(text.ids) - text.first for text in part])
         decoder.hf.train(training)
         self._base = kept
 
@@ -175,12 +121,12 @@ class KLToBase(Penalty):
     def _term(self, model: Model, module: nn.Module) -> Tensor:
         chosen = self._next()
         texts = [self.texts[i] for i in chosen]
-        mine = _logits(model, texts)
+        mine, _ = predict(model, texts)
         if self._base is not None:
             base = torch.cat([self._base[i] for i in chosen]).to(mine.device)
         else:
             with torch.no_grad(), adapter_off(module):
-                base = _logits(model, texts)
+                base, _ = predict(model, texts)
         base, mine = (x.to(torch.promote_types(x.dtype, torch.float32)).log_softmax(-1) for x in (base, mine))
         return (base.exp() * (base - mine)).sum(-1).mean()
 
@@ -209,24 +155,6 @@ class _Attach(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.penalty.reached()
         return grad, ctx.scale, None, None
-
-
-def _logits(model: Model, texts: Sequence[Reference]) -> Tensor:
-    """Logits that predict the counted tokens of several texts, one after another, [token, vocabulary]."""
-    longest = max(len(text.ids) for text in texts)
-    kept = max(len(text.ids) - text.first for text in texts)
-    ids, mask = (torch.zeros(len(texts), longest, dtype=torch.int64) for _ in range(2))
-    counted = torch.zeros(len(texts), kept, dtype=torch.bool)
-    for i, text in enumerate(texts):
-        ids[i, longest - len(text.ids) :] = torch.tensor(text.ids)
-        mask[i, longest - len(text.ids) :] = 1
-        counted[i, kept - (len(text.ids) - text.first) :] = True
-    ids, mask, counted = (x.to(model.device) for x in (ids, mask, counted))
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    output = model.hf(
-        input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=kept + 1
-    )
-    return output.logits[:, :-1][counted]
 
 
 @contextmanager

@@ -15,17 +15,21 @@ from pnlac_fast import store as stores
 from pnlac_fast.anchoring import Anchor
 from pnlac_fast.base_activations import base_activations, stored_activations
 from pnlac_fast.datasets import Question, by_topic, fingerprint
-from pnlac_fast.divergence import KLToBase, references
+from pnlac_fast.divergence import KLToBase
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.inhibition import InhibitFT
 from pnlac_fast.masks import MODES as WEIGHTS
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet, for_training, lowest_like, random_like
+from pnlac_fast.null_space import NullSpace
 from pnlac_fast.penalties import Penalty
+from pnlac_fast.references import references
 from pnlac_fast.rivals import ResidualEdit, Rival
 from pnlac_fast.scores import scores
 
-MODES = (*WEIGHTS, "anchor", "kl")  # which weights train, and what is minimised beside the loss
+MODES = (*WEIGHTS, "nullspace", "anchor", "kl")  # what trains, which way, and what is minimised beside
+ON_NEURONS = (*WEIGHTS, "anchor")
+ON_OTHERS = ("nullspace", "kl")  # need questions of other topics
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,10 +46,12 @@ class Interventions:
         Of the mode "freeze", see :class:`pnlac_fast.inhibition.InhibitFT`.
     anchor_weight, kl_weight
         Of the penalties.
+    null_share
+        Of the mode "nullspace", see :class:`pnlac_fast.null_space.NullSpace`.
     others
-        Questions of other topics, for the mode "kl".
-    kl_on, kl_max_new_tokens
-        See :func:`pnlac_fast.divergence.references`.
+        Questions of other topics, for the modes "nullspace" and "kl".
+    other_texts, other_max_new_tokens
+        See :func:`pnlac_fast.references.references`.
     anchor_store
         Where the base's activations are, for the mode "anchor"; see
         :func:`pnlac_fast.base_activations.stored_activations`. Default: read them with the model.
@@ -58,9 +64,10 @@ class Interventions:
     factor: float = 0.0
     anchor_weight: float = 1.0
     kl_weight: float = 1.0
+    null_share: float = 0.5
     others: tuple[Question, ...] = ()
-    kl_on: str = "answers"
-    kl_max_new_tokens: int = 64
+    other_texts: str = "answers"
+    other_max_new_tokens: int = 64
     rival: Rival | None = None
     anchor_store: str | Path | None = None
 
@@ -90,10 +97,17 @@ class Interventions:
             found["freeze"]["factor"] = self.factor
         if "anchor" in found:
             found["anchor"]["weight"] = self.anchor_weight
-        if "kl" in found:
-            topics = list(by_topic(self.others))
-            found["kl"] = {"weight": self.kl_weight, "on": self.kl_on, "topics": topics, "questions": len(self.others)}
-            found["kl"] |= {"sha256": fingerprint(self.others), "max_new_tokens": self.kl_max_new_tokens}
+        for mode in ON_OTHERS:
+            if mode in found:
+                own = {"weight": self.kl_weight} if mode == "kl" else {"null_share": self.null_share}
+                found[mode] = {
+                    **own,
+                    "on": self.other_texts,
+                    "topics": list(by_topic(self.others)),
+                    "questions": len(self.others),
+                    "sha256": fingerprint(self.others),
+                    "max_new_tokens": self.other_max_new_tokens,
+                }
         return found
 
     def weights(self) -> InhibitFT | None:
@@ -108,10 +122,10 @@ class Interventions:
         edit = None if self.rival is None else self.rival.callback(last_projection)
         return [] if edit is None else [edit]
 
-    def penalties(
+    def beside(
         self, module: nn.Module, model: Model, rows: Sequence[Sequence[int]], template: str, batch_size: int, seed: int
-    ) -> list[Penalty]:
-        """The callbacks that add to what is minimised, made while the model still is its base.
+    ) -> list[Penalty | NullSpace]:
+        """The callbacks that need the base beside what trains, made while the model still is its base.
 
         Parameters
         ----------
@@ -122,7 +136,7 @@ class Interventions:
         batch_size
             Rows of one part of a batch, and so texts of the KL.
         """
-        found: list[Penalty] = []
+        found: list[Penalty | NullSpace] = []
         if "anchor" in self.modes:
             neurons = self.sets["anchor"]
             if self.anchor_store is None:
@@ -130,10 +144,14 @@ class Interventions:
             else:
                 base = stored_activations(self.anchor_store, neurons)
             found.append(Anchor(neurons, self.anchor_weight, base))
-        if "kl" in self.modes:
-            options: dict[str, Any] = {"max_new_tokens": self.kl_max_new_tokens, "seed": seed}
-            texts = references(model, self.others, on=self.kl_on, template=template, **options)
-            found.append(KLToBase(texts, self.kl_weight, batch_size=batch_size, seed=seed))
+        if set(ON_OTHERS) & set(self.modes):
+            options: dict[str, Any] = {"max_new_tokens": self.other_max_new_tokens, "seed": seed}
+            texts = references(model, self.others, texts=self.other_texts, template=template, **options)
+            last = model.weights.last_projection
+            if "nullspace" in self.modes:
+                found.append(NullSpace(texts, self.null_share, batch_size=batch_size, last_projection=last))
+            if "kl" in self.modes:
+                found.append(KLToBase(texts, self.kl_weight, batch_size=batch_size, seed=seed))
         return found
 
 
@@ -162,7 +180,7 @@ def combine(
             raise unknown("inhibit mode", mode, MODES)
     if set(WEIGHTS) <= set(asked):
         raise UserError("Modes freeze and specific both say which weights train: choose one of them.")
-    needing = [mode for mode in MODES if mode in asked and mode != "kl"]
+    needing = [mode for mode in ON_NEURONS if mode in asked]
     sets = dict.fromkeys(needing, inhibit) if isinstance(inhibit, NeuronSet) else dict(inhibit or {})
     if inhibit is not None and (not sets or set(sets) - set(needing)):
         raise UserError(f"Neurons have no effect in mode {' and '.join(asked)}: add freeze, specific or anchor.")
@@ -193,7 +211,7 @@ def choose_sets(
         Other neurons in their place, as many in every layer: a seed for random ones, or "lowest" for those that rank
         lowest by the score that the sets were located with, in ``store``.
     """
-    needing = [mode for mode in modes if mode != "kl"]
+    needing = [mode for mode in modes if mode not in ON_OTHERS]
     named: dict[str, str] = {}
     for name in names:
         mode, equals, rest = name.partition("=")
@@ -235,7 +253,7 @@ def describe(neurons: NeuronSet) -> dict[str, Any]:
     }
 
 
-def other_topics(
+def questions_of_others(
     questions: Sequence[Question], tuned: Sequence[str], topics: Sequence[str] | None
 ) -> tuple[Question, ...]:
     """The questions of topics that are not tuned on: of those named, or of all others.
@@ -253,5 +271,5 @@ def other_topics(
             raise UserError(f"'{topic}' is tuned on, so that the model cannot be held to its base there: name others.")
     chosen = tuple(q for topic in (topics or groups) if topic not in tuned for q in groups[topic])
     if not chosen:
-        raise UserError("There are no questions of other topics to hold the model to its base on: give --kl-data.")
+        raise UserError("There are no questions of other topics to hold the model to its base on: give --other-data.")
     return chosen

@@ -67,7 +67,7 @@ def locate(
         the other topics, by the score "part" (see :func:`pnlac_fast.top_sets.quietest`). ``specific`` does not count.
     hold_out
         Leave out so many topics, those that follow the tuned one in the store: so that a fine-tune with these neurons
-        can be judged on a topic of which nothing was known, as with ``kl_hold_out`` of
+        can be judged on a topic of which nothing was known, as with ``hold_out`` of
         :func:`pnlac_fast.sweeping.plan_runs`.
     per_layer
         Take the top of each layer by itself instead of all layers together.

@@ -15,10 +15,10 @@ WORDS: dict[str, tuple[str, ...]] = {
     "direction": ("tuned_into_base", "base_into_tuned"),
     "dtype": ("auto", "float32", "bfloat16", "float16", "float64"),
     "engine": ("auto", "torch", "cpp", "triton", "cuda"),
-    "inhibit_mode": ("freeze", "specific", "anchor", "kl"),
+    "inhibit_mode": ("freeze", "specific", "nullspace", "anchor", "kl"),
     "keep_scores": SCORES,
     "kind": ("tuned", "mean", "shift", "zero", "scale"),
-    "kl_on": ("answers", "prompts"),
+    "other_texts": ("answers", "prompts"),
     "normalise": ("token", "sum"),
     "only": (
         *("localise", "overhead", "contrast_kernel", "masked_step", "training_step"),

@@ -70,7 +70,7 @@ class StudyPlan:
     def held_out(self) -> set[int]:
         """How many topics its neurons and its KLs leave out."""
         counts = [one["hold_out"] for one in self.neurons.values() if "hold_out" in one]
-        counts += [one["kl_hold_out"] for one in (self.finetune, *self.methods.values()) if "kl_hold_out" in one]
+        counts += [one["hold_out"] for one in (self.finetune, *self.methods.values()) if "hold_out" in one]
         return {int(count) for count in np.hstack([0, *counts]) if count}
 
 

@@ -34,10 +34,10 @@ from pnlac_fast.trajectory import TRAJECTORY_FILE, load_trajectory
 from pnlac_fast.workplace import write_json
 
 SWEEP_FILE, COMPARISON_FILE = "sweep.json", "comparison.csv"
-OWN = ("set", "control", "control_store", "kl_hold_out")  # what a plan has beside the function
-GIVEN = ("model", "data", "out", "probe", "template", "keep_base", "overwrite", "kl_data")
+OWN = ("set", "control", "control_store", "hold_out")  # what a plan has beside the function
+GIVEN = ("model", "data", "out", "probe", "template", "keep_base", "overwrite", "other_data")
 KNOWN = (*(name for name in inspect.signature(finetune).parameters if name not in GIVEN), *OWN)
-LISTS = ("kl_topics", "rival_layers", "target_modules", "set")  # options whose values are lists themselves
+LISTS = ("other_topics", "rival_layers", "target_modules", "set")  # options whose values are lists themselves
 PLACES = ("topic", "seed", "control")  # over which a method is averaged: they are no part of its name
 
 
@@ -65,9 +65,9 @@ def plan_runs(plan: Mapping[str, Any]) -> list[Planned]:
 
     A plan has options of ``pnlac-fast finetune``, by the names of its flags with underscores, and a table for each
     method with options of its own. Where the value of an option is a list, every value is combined with every other.
-    ``control = [false, 0, 1]`` is the method itself and two of its random controls. ``kl_hold_out = 2`` gives a KL the
-    questions of all topics but the tuned one and the two that follow it in the data, the last followed by the first:
-    over all tuned topics, every topic is judged without being seen as often as any other.
+    ``control = [false, 0, 1]`` is the method itself and two of its random controls. ``hold_out = 2`` gives a KL or a
+    null space the questions of all topics but the tuned one and the two that follow it in the data, the last followed
+    by the first: over all tuned topics, every topic is judged without being seen as often as any other.
 
     Raises
     ------
@@ -118,7 +118,7 @@ def sweep(
     Parameters
     ----------
     model, data, probe, template
-        As for :func:`pnlac_fast.finetune`; the questions of other topics in ``data`` are those of a KL.
+        As for :func:`pnlac_fast.finetune`; the questions of other topics in ``data`` are those of a KL or a null space.
     out
         Directory with a folder for each fine-tune, from which the same call goes on where it was stopped, and
         ``comparison.csv``, the rows of :func:`pnlac_fast.comparison.compare`.
@@ -134,7 +134,7 @@ def sweep(
     -------
     xarray.Dataset
         (run, point, question), margins in nats, see :func:`pnlac_fast.comparison.as_run`; but a method is called as in
-        the plan, with "_random" or "_lowest" for a control, "_seen" where all judged topics are in its KL, and with
+        the plan, with "_random" or "_lowest" for a control, "_seen" where it has read all judged topics, and with
         what varies within it, except topic, seed and control: "anchor_random@anchor_weight=3". Without modes or rival
         it is "plain".
 
@@ -209,17 +209,17 @@ def _run(base: Model, data: Any, probe: Any, template: str, out: Path, run: Plan
         topic = options["topic"]
         options["inhibit"] = choose_sets(path, modes, topic, names=chosen, control=control, store=store)
     if hold_out is not None:
-        options["kl_topics"] = _seen(by_topic(data), options, hold_out)
+        options["other_topics"] = _seen(by_topic(data), options, hold_out)
     place = out / run.name
     place.parent.mkdir(parents=True, exist_ok=True)
     # What must not be done again is not among the runs to do.
-    finetune(base, data, out=place, kl_data=data, probe=probe, template=template, overwrite=True, **options)
+    finetune(base, data, out=place, other_data=data, probe=probe, template=template, overwrite=True, **options)
 
 
 def _seen(topics: Iterable[str], options: Mapping[str, Any], hold_out: int) -> list[str]:
-    """The topics of a KL, all but the tuned one and the ``hold_out`` that follow it."""
-    if options.get("kl_topics") is not None:
-        raise UserError("kl_topics and kl_hold_out both say which topics a KL sees: give one of them.")
+    """The topics of a KL or a null space, all but the tuned one and the ``hold_out`` that follow it."""
+    if options.get("other_topics") is not None:
+        raise UserError("other_topics and hold_out both say which topics are seen: give one of them.")
     order = list(topics)
     unseen = {options["topic"], *following(order, options["topic"], hold_out)}
     return [topic for topic in order if topic not in unseen]

@@ -15,10 +15,11 @@ from pnlac_fast.completions import choose_questions, encode_rows
 from pnlac_fast.cost import Meter, StepClock
 from pnlac_fast.datasets import SIDES, Question, as_questions, fingerprint
 from pnlac_fast.errors import UserError, unknown
-from pnlac_fast.interventions import Interventions, combine, other_topics
+from pnlac_fast.interventions import ON_OTHERS, Interventions, combine, questions_of_others
 from pnlac_fast.loading import opened
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import NeuronSet
+from pnlac_fast.null_space import NullSpace
 from pnlac_fast.penalties import Penalty
 from pnlac_fast.prompts import DEFAULT_TEMPLATE
 from pnlac_fast.provenance import provenance
@@ -81,11 +82,12 @@ def finetune(
     inhibit_factor: float = 0.0,
     anchor_weight: float = 1.0,
     anchor_store: str | Path | None = None,
-    kl_data: str | Path | Sequence[Question] | None = None,
-    kl_topics: Sequence[str] | None = None,
+    other_data: str | Path | Sequence[Question] | None = None,
+    other_topics: Sequence[str] | None = None,
     kl_weight: float = 1.0,
-    kl_on: str = "answers",
-    kl_max_new_tokens: int = 64,
+    null_share: float = 0.5,
+    other_texts: str = "answers",
+    other_max_new_tokens: int = 64,
     lora_rank: int = 16,
     lora_alpha: int = 32,
     lora_dropout: float = 0.0,
@@ -146,19 +148,23 @@ def finetune(
     inhibit, inhibit_mode
         Neurons, or neurons by mode, and what to do with them; modes that go together may be combined, as "anchor,kl".
         "freeze" them, or train only them ("specific"), see :class:`pnlac_fast.inhibition.InhibitFT`; "anchor" their
-        activations, see :class:`pnlac_fast.anchoring.Anchor`; or, without neurons, "kl": hold the model to its base on
-        other topics, see :class:`pnlac_fast.divergence.KLToBase`. Default: "freeze" where neurons are given.
+        activations, see :class:`pnlac_fast.anchoring.Anchor`. Without neurons: "kl" holds the model to its base on
+        other topics, see :class:`pnlac_fast.divergence.KLToBase`; "nullspace" keeps what trains in MLPs out of the
+        directions that other topics use, see :class:`pnlac_fast.null_space.NullSpace`, best with "specific". Default:
+        "freeze" where neurons are given.
     inhibit_factor
         With "freeze", the share of each step that the neurons still take, 0 unless given.
     anchor_weight, kl_weight
         Factors of these penalties beside the loss: nats for each squared standard deviation, and for each nat of KL.
+    null_share
+        With "nullspace", the share in (0, 1) of the mean squared input on other topics that lies in these directions.
     anchor_store
         A store that holds the base's activations on the rows to train on, see
         :func:`pnlac_fast.base_activations.stored_activations`. Default: they are read before training.
-    kl_data, kl_topics
+    other_data, other_topics
         Whose questions to hold the model to its base on; their completions are not read. Default: those of ``data``,
         of all topics that are not tuned on. A topic that is judged should be left out.
-    kl_on, kl_max_new_tokens
+    other_texts, other_max_new_tokens
         Where: on "answers" sampled from the base, so long at most, or on the "prompts" themselves.
     rival, rival_strength, rival_text, rival_store, rival_layers
         A method to compare InhibitFT with, instead of it: "mlp", "rate", "caft", "steer" or "inoculate". Its strength
@@ -215,10 +221,12 @@ def finetune(
         raise UserError(f"{len(shared)} of the probe questions are trained on: probe with held-out questions.")
     modes, sets = combine(inhibit, inhibit_mode)
     others: tuple[Question, ...] = ()
-    if "kl" in modes:
-        others = other_topics(as_questions(data if kl_data is None else kl_data), topics, kl_topics)
+    if set(ON_OTHERS) & set(modes):
+        others = questions_of_others(as_questions(data if other_data is None else other_data), topics, other_topics)
         if shared := {q.key for q in probes} & {q.key for q in others}:
-            raise UserError(f"{len(shared)} of the probe questions are used for the KL: probe with held-out questions.")
+            raise UserError(
+                f"{len(shared)} of the probe questions are also those of other topics: probe with held-out questions."
+            )
     plan = Interventions(
         modes,
         sets,
@@ -226,9 +234,10 @@ def finetune(
         anchor_weight=anchor_weight,
         anchor_store=anchor_store,
         kl_weight=kl_weight,
+        null_share=null_share,
         others=others,
-        kl_on=kl_on,
-        kl_max_new_tokens=kl_max_new_tokens,
+        other_texts=other_texts,
+        other_max_new_tokens=other_max_new_tokens,
         rival=against,
     )
     base = opened(model)
@@ -274,8 +283,8 @@ def finetune(
         if gradient_checkpointing:
             run.checkpoint_activations()
         ids = [ids for ids, _ in rows]
-        penalties = plan.penalties(run.module, run.view, ids, template, batch_size // accumulation, seed)
-        hooked: list[Penalty | ResidualEdit] = [*penalties, *plan.edits(base.weights.last_projection)]
+        beside = plan.beside(run.module, run.view, ids, template, batch_size // accumulation, seed)
+        hooked: list[Penalty | NullSpace | ResidualEdit] = [*beside, *plan.edits(base.weights.last_projection)]
         clock, meter = StepClock(), Meter(base.device)
         callbacks: list[TrainerCallback] = [clock, *hooked]
         slices: Slices | None = None
@@ -293,6 +302,10 @@ def finetune(
                 one.remove()
             if slices is not None:
                 slices.merge()
+        for one in beside:
+            if isinstance(one, NullSpace):
+                counts = {str(layer): one.directions[layer].shape[1] for layer in one.directions}
+                settings["inhibit"]["nullspace"]["directions"] = counts
         cost = {**meter.record(), "seconds_per_step": clock.median()}
         record = {**settings, **losses, "cost": cost, "provenance": provenance()}
         trajectory = watch.dataset() if probes else None

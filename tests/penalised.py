@@ -21,8 +21,8 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from pnlac_fast.divergence import Reference
 from pnlac_fast.neurons import NeuronSet
+from pnlac_fast.references import Reference
 
 LAYERS, WIDTH, HIDDEN, WORDS = 2, 24, 16, 32
 RATE, WEIGHT = 0.05, 0.7

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor
 
 from pnlac_fast.benchmarking.timing import interleaved, ratio
-from pnlac_fast.benchmarking.training_step import LENGTH, SEQUENCES, SHARE, prepare
-from pnlac_fast.benchmarking.workloads import DTYPES, SHAPES
-from pnlac_fast.errors import unknown
-from pnlac_fast.loading import resolve_device
+from pnlac_fast.benchmarking.training_step import LENGTH, SEQUENCES, SHARE, place_of, prepare
+from pnlac_fast.benchmarking.workloads import SHAPES
 from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.places import Place
 from pnlac_fast.slices import slice_neurons
@@ -29,12 +27,8 @@ def make_mixture(
     """A Mixtral with random weights and experts a quarter as wide as the shape's MLP, neurons of it, and a batch."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    if shape not in SHAPES:
-        raise unknown("shape", shape, SHAPES)
-    if dtype not in ("auto", *DTYPES):
-        raise unknown("dtype", dtype, ("auto", *DTYPES))
-    size, place = SHAPES[shape], resolve_device(device)
-    kind = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
+    place, kind = place_of(shape, device, dtype, share)
+    size = SHAPES[shape]
     config = MixtralConfig(
         hidden_size=size.hidden,
         intermediate_size=size.intermediate // 4,
@@ -48,7 +42,7 @@ def make_mixture(
     )
     torch.manual_seed(0)
     with torch.device(place):
-        hf = MixtralForCausalLM._from_config(config, dtype=DTYPES[kind])
+        hf = MixtralForCausalLM._from_config(config, dtype=kind)
     wide = EXPERTS * config.intermediate_size
     member = np.zeros((size.layers, wide), bool)
     generator = np.random.default_rng(0)

@@ -22,6 +22,8 @@ from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.inhibition import InhibitFT
 from pnlac_fast.loading import resolve_device
 from pnlac_fast.neurons import NeuronSet
+from pnlac_fast.null_space import NullSpace
+from pnlac_fast.references import Reference
 from pnlac_fast.slices import slice_neurons
 
 SHARE = 0.03  # of each layer's neurons, about what localising finds specific to a topic
@@ -29,7 +31,7 @@ SEQUENCES, LENGTH = 8, 128
 DIMS = {"gate_proj": 0, "up_proj": 0, "down_proj": 1}  # where the neurons of mlp_mid are
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Step:
     """A model, what trains of it, and the optimizer: called, it makes one step on a batch."""
 
@@ -37,6 +39,7 @@ class Step:
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     batch: Mapping[str, Tensor]
+    space: NullSpace | None = None
 
     def __call__(self) -> None:
         """Forward, backward, clipping, AdamW."""
@@ -46,10 +49,10 @@ class Step:
         self.optimizer.step()
 
     def bytes(self) -> int:
-        """What gradients and the optimizer's state take, after a step."""
+        """What gradients, the optimizer's state and a null space take, after a step."""
         gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
         moments = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
-        return gradients + sum(t.nbytes for t in moments)
+        return gradients + sum(t.nbytes for t in moments) + (self.space.nbytes if self.space else 0)
 
 
 def all_weights(hf: Any, neurons: NeuronSet) -> tuple[Any, list[nn.Parameter]]:
@@ -95,6 +98,7 @@ WAYS: dict[str, Callable[[Any, NeuronSet], tuple[Any, list[nn.Parameter]]]] = {
     "mlp": mlps,
     "lora": lora,
     "slices": slices,
+    "null_space": slices,  # by :func:`prepare` kept out of other topics' directions
 }
 
 
@@ -108,10 +112,8 @@ def choose_neurons(hf: Any, share: float = SHARE, seed: int = 0) -> NeuronSet:
     return NeuronSet("random", "random", member)
 
 
-def make_setting(
-    shape: str, *, device: str = "auto", dtype: str = "auto", share: float = SHARE
-) -> tuple[Any, NeuronSet, dict[str, Tensor]]:
-    """A model with random weights, neurons of it, and a batch of 1024 random tokens; see :func:`measure`."""
+def place_of(shape: str, device: str, dtype: str, share: float) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a measurement whose options are these, once they are known to fit; see :func:`measure`."""
     if shape not in SHAPES:
         raise unknown("shape", shape, SHAPES)
     if dtype not in ("auto", *DTYPES):
@@ -119,8 +121,15 @@ def make_setting(
     if not 0 < share <= 1:
         raise UserError(f"A share of {share:g} of the neurons cannot train: give one above 0, up to 1.")
     place = resolve_device(device)
-    kind = ("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype
-    hf = make_model(SHAPES[shape], place, DTYPES[kind]).hf.requires_grad_(True)
+    return place, DTYPES[("bfloat16" if place.type == "cuda" else "float32") if dtype == "auto" else dtype]
+
+
+def make_setting(
+    shape: str, *, device: str = "auto", dtype: str = "auto", share: float = SHARE
+) -> tuple[Any, NeuronSet, dict[str, Tensor]]:
+    """A model with random weights, neurons of it, and a batch of 1024 random tokens; see :func:`measure`."""
+    place, kind = place_of(shape, device, dtype, share)
+    hf = make_model(SHAPES[shape], place, kind).hf.requires_grad_(True)
     ids = torch.randint(0, hf.config.vocab_size, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
     ids = ids.to(place)
     return hf, choose_neurons(hf, share), {"input_ids": ids, "labels": ids}
@@ -135,6 +144,13 @@ def prepare(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor], way: str) 
         inhibition.prepare(model)
         arguments, state = SimpleNamespace(max_grad_norm=1.0), SimpleNamespace(global_step=0)
         inhibition.on_train_begin(arguments, state, None, model=model, optimizer=step.optimizer)
+    if way == "null_space":
+        texts = [Reference(tuple(ids), 1) for ids in batch["input_ids"].flip(1).tolist()]
+        step.space = NullSpace(texts, batch_size=len(texts))
+        step.space.prepare(model)
+        step.space.on_train_begin(
+            SimpleNamespace(n_gpu=1), SimpleNamespace(global_step=0), None, model=model, optimizer=step.optimizer
+        )
     if way == "anchor":
         penalty = Anchor(neurons, base=base_activations(hf, batch["input_ids"].tolist(), neurons))
         penalty.on_train_begin(
@@ -193,6 +209,29 @@ def check_anchor(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor]) -> No
         raise RuntimeError("The anchor makes no difference.")
 
 
+def check_null_space(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor]) -> None:
+    """Make one step with slices that are kept out of the null space, and one with slices that are not.
+
+    Raises
+    ------
+    RuntimeError
+        A gate has moved along a direction that is to be left alone, or would not have without the null space.
+    """
+    held, free = (prepare(hf, neurons, batch, way) for way in ("null_space", "slices"))
+    assert held.space is not None
+    held()
+    free()
+    for layer, directions in held.space.directions.items():
+        name = f"model.layers.{layer}.mlp.gate_proj.weight"
+        before, index = hf.get_parameter(name).detach(), neurons.layer(layer)
+        along = [
+            float(((step.model.state_dict()[name] - before)[index].float() @ directions).norm())
+            for step in (held, free)
+        ]
+        if along[0] > 0.05 * along[1]:
+            raise RuntimeError(f"{name} has moved along a direction of the null space ({along[0]:.2g}).")
+
+
 def check_freeze(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor]) -> None:
     """Make one step with frozen neurons.
 
@@ -226,21 +265,23 @@ def measure(
     Returns
     -------
     dict
-        ``freeze_vs_full``, ``anchor_vs_full``, ``slices_vs_full``, ``slices_vs_lora``, ``lora_vs_full``,
-        ``mlp_vs_full``: ratios of seconds within a round; ``bytes_slices_vs_full``, ``bytes_lora_vs_full``: of
-        gradients and optimizer state; ``shape``, ``tokens``, ``share``.
+        ``freeze_vs_full``, ``anchor_vs_full``, ``slices_vs_full``, ``slices_vs_lora``,
+        ``null_space_vs_full``, ``lora_vs_full``, ``mlp_vs_full``: ratios of seconds within a round;
+        ``bytes_slices_vs_full``, ``bytes_null_space_vs_full``, ``bytes_lora_vs_full``: of gradients, optimizer state
+        and what the null space keeps; ``shape``, ``tokens``, ``share``.
 
     Raises
     ------
     UserError
         The shape or dtype is unknown, or the device cannot be used.
     RuntimeError
-        See :func:`check`, :func:`check_freeze` and :func:`check_anchor`.
+        See :func:`check`, :func:`check_freeze`, :func:`check_anchor` and :func:`check_null_space`.
     """
     hf, neurons, batch = make_setting(shape, device=device, dtype=dtype, share=share)
     check(hf, neurons, batch)
     check_freeze(hf, neurons, batch)
     check_anchor(hf, neurons, batch)
+    check_null_space(hf, neurons, batch)
     steps = {way: prepare(hf, neurons, batch, way) for way in WAYS}
     seconds = interleaved(steps, repeats, hf.device)
     size = {way: step.bytes() for way, step in steps.items()}
@@ -252,9 +293,11 @@ def measure(
         "anchor_vs_full": ratio(seconds["anchor"], seconds["full"]),
         "slices_vs_full": ratio(seconds["slices"], seconds["full"]),
         "slices_vs_lora": ratio(seconds["slices"], seconds["lora"]),
+        "null_space_vs_full": ratio(seconds["null_space"], seconds["full"]),
         "lora_vs_full": ratio(seconds["lora"], seconds["full"]),
         "mlp_vs_full": ratio(seconds["mlp"], seconds["full"]),
         "bytes_slices_vs_full": size["slices"] / size["full"],
+        "bytes_null_space_vs_full": size["null_space"] / size["full"],
         "bytes_lora_vs_full": size["lora"] / size["full"],
     }
 

@@ -32,5 +32,5 @@ def read(given: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if given["data"] is not None:
         found["data"] = load_questions(given["data"], topics=topics, limit=limit, columns=columns)
-    others = [name for name in ("probe", "training_data", "kl_data") if given.get(name) is not None]
+    others = [name for name in ("probe", "training_data", "other_data") if given.get(name) is not None]
     return found | {name: load_questions(given[name], columns=columns) for name in others}

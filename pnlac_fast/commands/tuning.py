@@ -14,7 +14,8 @@ from pnlac_fast.terminal import show, show_record
 BOOTS = 2000  # resamples behind each 95 % interval
 NORMALISE = "Log-probability per token (token), or of the whole completion (sum)."
 RATED, DIRECTED = ("rival", ("rate", "caft", "steer")), ("rival", ("caft", "steer"))
-ANCHOR, KL = ("inhibit_mode", ("anchor",)), ("inhibit_mode", ("kl",))
+ANCHOR, KL, NULL = (("inhibit_mode", (mode,)) for mode in ("anchor", "kl", "nullspace"))
+OTHERS = ("inhibit_mode", ("nullspace", "kl"))
 
 
 @command(epilog="Example: pnlac-fast finetune --model base --data questions --topic race --side right --out tuned/race")
@@ -38,7 +39,7 @@ ANCHOR, KL = ("inhibit_mode", ("anchor",)), ("inhibit_mode", ("kl",))
 @option("--lora-dropout", default=0.0, show_default=True, needs=("method", ("lora",)))
 @names("--target-modules", "all-linear", "Modules that get a LoRA.", needs=("method", ("lora",)))
 @option("--inhibit", help="Neuron file from pnlac-fast locate: tune by InhibitFT.")
-@names("--inhibit-mode", None, "freeze these neurons (default), train only specific ones, anchor activations, kl.")
+@names("--inhibit-mode", None, "freeze these neurons (default), train only specific ones, nullspace, anchor, kl.")
 @option(
     "--set",
     "set_names",
@@ -64,10 +65,11 @@ ANCHOR, KL = ("inhibit_mode", ("anchor",)), ("inhibit_mode", ("kl",))
 @option("--anchor-weight", default=1.0, show_default=True, needs=ANCHOR, help="Of the mean squared change, in stds.")
 @option("--anchor-store", needs=ANCHOR, help="Base's activations, of cache --raw full --tokens all --side SIDE.")
 @option("--kl-weight", default=1.0, show_default=True, needs=KL, help="Of the KL to base on other topics.")
-@option("--kl-data", needs=KL, help="Questions of other topics, no labels needed. Default: --data.")
-@names("--kl-topics", None, "Their topics, none that is judged. Default: all but --topic.", needs=KL)
-@option("--kl-on", default="answers", show_default=True, needs=KL, help="Sampled answers of the base, or prompts.")
-@option("--kl-max-new-tokens", default=64, show_default=True, needs=KL, help="Longest of these answers.")
+@option("--null-share", default=0.5, show_default=True, needs=NULL, help="Of other topics' input, left alone.")
+@option("--other-data", needs=OTHERS, help="Questions of other topics, no labels needed. Default: --data.")
+@names("--other-topics", None, "Their topics, none that is judged. Default: all but --topic.", needs=OTHERS)
+@option("--other-texts", default="answers", show_default=True, needs=OTHERS, help="Base's own answers, or prompts.")
+@option("--other-max-new-tokens", default=64, show_default=True, needs=OTHERS, help="Longest of these answers.")
 @option("--rival", help="Compare InhibitFT with this: mlp, rate, caft, steer or inoculate.")
 @option("--rival-strength", type=float, needs=RATED, help="Factor of the rate, directions of caft, factor of steer.")
 @option("--rival-text", needs=("rival", ("inoculate",)), help="Instruction before each training prompt.")
@@ -89,8 +91,8 @@ def finetune(inhibit: str | None, set_names: Any, as_json: bool, **given: Any) -
     control = {"control": given.pop("control"), "store": given.pop("control_store")}
     modes = given["inhibit_mode"] = given["inhibit_mode"] or (("freeze",) if inhibit else ())
     neurons = choose_sets(inhibit, modes, topic, names=set_names, **control) if inhibit else None
-    if "kl" in modes:
-        given["kl_data"], given["kl_topics"] = given["kl_data"] or given["data"], given["kl_topics"] or None
+    if {"nullspace", "kl"} & set(modes):
+        given["other_data"], given["other_topics"] = given["other_data"] or given["data"], given["other_topics"] or None
     targets = given.pop("target_modules")
     given["target_modules"] = targets[0] if targets == ("all-linear",) else targets
     tuned = run(inhibit=neurons, keep_base=False, **loaded({**given, "topics": (topic,)}))

@@ -39,7 +39,8 @@ class Compared:
 def compared(training: xr.Dataset, boots: int, seed: int) -> tuple[list[Compared], list[PathPoint]]:
     """Every run at equal steps, at equal on-topic shifts and at its end; and the path of every method.
 
-    Topics whose prompts a KL to base has seen do not count in its coupling, nor in that of the plain run beside it.
+    Topics whose prompts a KL to base or a null space has seen do not count in its coupling, nor in that of the plain
+    run beside it.
 
     Raises
     ------
@@ -55,7 +56,7 @@ def compared(training: xr.Dataset, boots: int, seed: int) -> tuple[list[Compared
     margin = training["margin"].transpose("run", "point", "question").values
     methods, tuned = ([str(v) for v in training[name].values] for name in ("method", "tuned_topic"))
     draw, seeds, share = (per_run(training, *n) for n in (("draw", -1), ("seed", 0), ("share", np.nan)))
-    seen = [str(t) for t in training["kl_topics"].values] if "kl_topics" in training.coords else [""] * len(methods)
+    seen = [str(t) for t in training["seen_topics"].values] if "seen_topics" in training.coords else [""] * len(methods)
     # Plain runs on topics that no other method was tried on would shift the average that the others are held against.
     tried = {tuned[i] for i in range(len(methods)) if methods[i] != "plain"} or set(tuned)
     runs = [i for i in range(len(methods)) if tuned[i] in tried & set(order) and len(order) > 1]

@@ -36,6 +36,7 @@ _FAMILIES = {
     "top": "#5F7A1F",
     "anchor": "#7A5AA6",
     "kl": "#8C5A2B",
+    "nullspace": "#5F7A1F",
     "mlp": "#59636E",
     "rate": "#A03B5A",
     "caft": "#C4512D",
@@ -188,7 +189,7 @@ def method_label(method: str, share: float | None = None) -> str:
     if settings:
         return f"{method_label(method, share)} ({settings.replace(',', ', ')})"
     if "+" in method:
-        return " and ".join(method_label(part) for part in method.split("+"))
+        return " and ".join(method_label(part) for part in method.split("+")).replace("and null space", "in null space")
     name, *rest = controlled(method).split("_")
     before, weight = (rest[: rest.index("by")], rest[rest.index("by") + 1]) if "by" in rest else (rest, "")
     number = next((word for word in before if word[0].isdigit()), "")
@@ -198,6 +199,7 @@ def method_label(method: str, share: float | None = None) -> str:
         "specific": f"train only specific (top {number}\u00a0%)" if number else "train only specific",
         "anchor": "anchor general",
         "kl": "KL to base",
+        "nullspace": "null space",
         "mlp": "train only MLPs",
         "rate": f"{number} of the learning rate" if number else "a lower learning rate",
         "caft": "ablate directions while training (CAFT)",
@@ -207,12 +209,12 @@ def method_label(method: str, share: float | None = None) -> str:
     label = words.get(name, pretty(controlled(method)))
     if name in ("freeze", "anchor") and number:
         label += f" {number}\u00a0%"
-    elif name in ("kl", "steer") and number:
+    elif name in ("kl", "steer", "nullspace") and number:
         label += f" ({number})"
     if weight and name in ("anchor", "kl"):
         label += f", weight {weight}"
     if rest[-1:] == ["seen"]:
-        label += ", judged where it was held"
+        label += ", judged on topics seen"
     if "lowest" in rest:
         label = label.replace("general", "lowest-ranked").replace("specific", "lowest-ranked")
     if is_control(method):

@@ -23,7 +23,7 @@ LIBRARY = {
     "direction": "patching.DIRECTIONS",
     "inhibit_mode": "interventions.MODES",
     "kind": "patching.KINDS",
-    "kl_on": "divergence.ON",
+    "other_texts": "references.KINDS",
     "normalise": "stance.NORMALISE",
     "only": "benchmarking.suite.PARTS",
     "rival": "rivals.RIVALS",

@@ -35,7 +35,7 @@ def test_every_example_is_tested_here_and_says_how_to_run_it() -> None:
 
 def test_the_plan_of_a_sweep_is_one() -> None:
     runs = plan_runs(tomllib.loads((EXAMPLES / "plan.toml").read_text()))
-    assert len(runs) == 6 * (1 + 3 + 3 + 9 + 1 + 1 + 1 + 1)
+    assert len(runs) == 6 * (1 + 3 + 3 + 1 + 9 + 1 + 1 + 1 + 1)
     assert {run.options["topic"] for run in runs} == {"race", "science"}
 
 

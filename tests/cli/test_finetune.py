@@ -53,11 +53,11 @@ def test_finetune_inhibits(cli, world: Path, base, tmp_path: Path, method: str, 
 def test_finetune_anchors_and_holds_to_base(cli, world: Path, base, tmp_path: Path) -> None:
     asked = ["finetune", *base, "--topic", "race", *SMALL, "--json"]
     neurons = ["--inhibit", world / "neurons.json"]
-    kl = ["--kl-topics", "economy", "--kl-weight", 0.5, "--kl-on", "prompts"]
+    kl = ["--other-topics", "economy", "--kl-weight", 0.5, "--other-texts", "prompts"]
     inhibit = done(cli(*asked, *neurons, "--inhibit-mode", "anchor,kl", *kl, "--out", tmp_path / "t")).json["inhibit"]
     assert inhibit["anchor"]["set"] == "race/general"
     assert (inhibit["kl"]["topics"], inhibit["kl"]["questions"], inhibit["kl"]["weight"]) == (["economy"], 7, 0.5)
-    alone = done(cli(*asked, "--inhibit-mode", "kl", "--kl-max-new-tokens", 4, "--out", tmp_path / "k")).json
+    alone = done(cli(*asked, "--inhibit-mode", "kl", "--other-max-new-tokens", 4, "--out", tmp_path / "k")).json
     assert (alone["method"], alone["inhibit"]["kl"]["topics"]) == ("kl", ["economy", "science"])
     sets = ["--set", "specific=race/specific/race", "--set", "anchor=race/specific/economy", "--anchor-weight", 3]
     both = [*neurons, "--inhibit-mode", "specific", "--inhibit-mode", "anchor", *sets]

@@ -69,7 +69,8 @@ def test_methods_are_named_by_what_was_done(given: dict, name: str) -> None:
         ("anchor_5_by_3+kl_by_0.3", "anchor general 5\u00a0%, weight 3 and KL to base, weight 0.3"),
         ("anchor_3_by_3", "anchor general 3\u00a0%, weight 3"),
         ("freeze_lowest_5", "freeze lowest-ranked 5\u00a0%"),
-        ("kl_seen", "KL to base, judged where it was held"),
+        ("kl_seen", "KL to base, judged on topics seen"),
+        ("specific+nullspace_random_seen", "train only specific in null space, judged on topics seen: random neurons"),
         ("rate_0.1", "0.1 of the learning rate"),
         ("anchor_random@anchor_weight=3,steps=40", "anchor general: random neurons (anchor_weight=3, steps=40)"),
     ],
@@ -107,7 +108,7 @@ def test_runs_of_different_length_keep_their_values(tmp_path: Path) -> None:
     assert both["method"].values.tolist() == ["plain", "specific_random_10"]
     assert both["draw"].values.tolist() == [-1, 4]
     assert both["share"].values.tolist() == [0.0, 0.02]
-    assert as_run(long, penalised())["kl_topics"].values.tolist() == ["science+crime"]
+    assert as_run(long, penalised())["seen_topics"].values.tolist() == ["science+crime"]
 
 
 @pytest.mark.parametrize("other", [trajectory(5, keys="abd"), trajectory(5, normalise="token")])

@@ -51,7 +51,7 @@ SOURCED = [
     *("ops.sums", "ops.swiglu", "ops.masked", "ops.fused", "scores", "top_sets", "chance", "evidence", "noise"),
     *("attribution", "sides", "patching", "recovery", "patches", "inhibition", "anchoring", "divergence", "slices"),
     *("optimizers", "rivals", "comparison", "coupling", "stance", "summary", "agreement", "side_effects"),
-    "topic_words",
+    *("topic_words", "null_space"),
 ]
 SOURCE = re.compile(r"\barXiv\s\d{4}\.\d{5}\b|\bdoi 10\.\d{4,}/\S+|\bours\b", re.IGNORECASE)
 # They read, write, name, arrange or choose, and compute nothing that could have a source.

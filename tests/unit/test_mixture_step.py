@@ -37,6 +37,10 @@ def test_measuring_gives_ratios_and_refuses_nonsense() -> None:
     assert found["slices_vs_full"]["repeats"] == 2
     assert 0 < found["bytes_slices_vs_full"] < 0.2
     assert (found["tokens"], found["experts"]) == (1024, mixture_step.EXPERTS)
-    for changes, message in (({"shape": "smal"}, "Did you mean 'small'"), ({"dtype": "int8"}, "dtype")):
+    for changes, message in (
+        ({"shape": "smal"}, "Did you mean 'small'"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"share": 0.0}, "A share of 0"),
+    ):
         with pytest.raises(UserError, match=message):
             measure(**{"shape": "test", "device": "cpu"} | changes)

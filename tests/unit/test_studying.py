@@ -33,7 +33,7 @@ PLAN: dict[str, Any] = {
     "methods": {
         "plain": {},
         "specific": {"inhibit": "few", "inhibit_mode": "specific", "control": [False, 0]},
-        "kl": {"inhibit_mode": "kl", "kl_hold_out": 1, "kl_max_new_tokens": 2},
+        "kl": {"inhibit_mode": "kl", "hold_out": 1, "other_max_new_tokens": 2},
         "steer": {"rival": "steer", "topic": ["race"]},
     },
 }
@@ -101,7 +101,7 @@ def test_a_study_is_done_once_and_grows(
         assert own["overlap"].sel(figure="jaccard").item() == jaccard(a, b)
     kl = training.isel(run=(training["method"] == "kl").values)
     topics = list(dict.fromkeys(q.topic for q in questions))
-    for tuned, seen in zip(kl["tuned_topic"].values, kl["kl_topics"].values, strict=True):
+    for tuned, seen in zip(kl["tuned_topic"].values, kl["seen_topics"].values, strict=True):
         assert [seen] == [t for t in topics if t not in (tuned, topics[(topics.index(tuned) + 1) % 3])]
     one = out / "seed-3"
     assert {"stance", "stance_classifier", "agreement", "patching", "patching_curve", "evidence", "utility"} < set(

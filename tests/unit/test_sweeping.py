@@ -63,7 +63,7 @@ def test_a_plan_is_every_combination_of_its_lists() -> None:
         "seed": 0,
         "plain": {},
         "anchor": {"inhibit": "n.json", "inhibit_mode": "anchor", "anchor_weight": [0.3, 3], "control": [False, 0]},
-        "kl": {"inhibit_mode": "kl", "kl_topics": ["economy", "crime"]},
+        "kl": {"inhibit_mode": "kl", "other_topics": ["economy", "crime"]},
     }
     runs = plan_runs(plan)
     assert len(runs) == 2 + 2 * 2 * 2 + 2
@@ -75,7 +75,7 @@ def test_a_plan_is_every_combination_of_its_lists() -> None:
     assert "control" not in runs[2].options
     assert runs[3].options["control"] == 0
     assert runs[3].varied == {"anchor_weight": 0.3}
-    assert runs[-1].options["kl_topics"] == ["economy", "crime"]
+    assert runs[-1].options["other_topics"] == ["economy", "crime"]
     assert all(run.options["steps"] == 2 for run in runs)
     assert plan_runs({"topic": "race", "side": "left", "plain": {}})[0].name == "plain/only"
 
@@ -179,7 +179,7 @@ def test_what_varies_is_part_of_the_name_and_methods_are_compared(
     base: Model, questions: Any, probe: Any, neurons: Path, tmp_path: Path
 ) -> None:
     anchor = {"inhibit": str(neurons), "inhibit_mode": "anchor", "anchor_weight": [1, 3], "steps": [2, 3]}
-    kl = {"inhibit_mode": "kl", "kl_topics": ["science"], "kl_on": "prompts"}
+    kl = {"inhibit_mode": "kl", "other_topics": ["science"], "other_texts": "prompts"}
     plan = {**COMMON, "topic": "race", "points": 2, "plain": {}, "hold": anchor, "kl": kl}
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(plan))

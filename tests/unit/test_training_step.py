@@ -26,7 +26,7 @@ def test_a_way_trains_what_it_says(way: str) -> None:
     else:
         assert moved == {name for name in before if ".mlp." in name}
     size = 3 * sum(p.nbytes for p in step.parameters) + 4 * len(step.parameters)  # and a counter each
-    assert step.bytes() == size
+    assert step.bytes() == size + (0 if step.space is None else step.space.nbytes)
 
 
 def test_slices_are_checked_against_the_full_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +52,14 @@ def test_slices_are_checked_against_the_full_step(monkeypatch: pytest.MonkeyPatc
         patch.setitem(training_step.WAYS, "slices", still)
         with pytest.raises(RuntimeError, match="has another gradient"):
             check(*setting)
+
+
+def test_the_null_space_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = make_setting("test", device="cpu")
+    training_step.check_null_space(*setting)
+    monkeypatch.setattr(training_step.NullSpace, "on_train_begin", lambda self, *_, **__: None)
+    with pytest.raises(RuntimeError, match="has moved along a direction of the null space"):
+        training_step.check_null_space(*setting)
 
 
 def test_freezing_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,9 +20,11 @@ from transformers.trainer_callback import PrinterCallback
 
 from pnlac_fast.anchoring import Anchor
 from pnlac_fast.base_activations import base_activations
-from pnlac_fast.divergence import KLToBase, Reference
+from pnlac_fast.divergence import KLToBase
 from pnlac_fast.inhibition import InhibitFT
 from pnlac_fast.neurons import NeuronSet
+from pnlac_fast.null_space import NullSpace
+from pnlac_fast.references import Reference
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets", reason="datasets, which SFTTrainer needs, is not installed")
@@ -116,7 +118,8 @@ def callbacks(model: Any, mode: str) -> list[Any]:
     """Fresh ones for a model that has not been trained yet."""
     found: list[Any] = [InhibitFT(chosen(), mode)] if mode in ("freeze", "specific") else []
     held = base_activations(model, rows(), chosen(1))
-    return [*found, Anchor(chosen(1), 2.0, held), KLToBase(TEXTS, 0.5, batch_size=2)]
+    space = [NullSpace(TEXTS)] if mode == "specific" else []
+    return [*found, *space, Anchor(chosen(1), 2.0, held), KLToBase(TEXTS, 0.5, batch_size=2)]
 
 
 def run(made: Any, resume: str | None = None) -> dict[str, Tensor]:

@@ -23,10 +23,12 @@ from transformers.trainer_callback import PrinterCallback
 
 from pnlac_fast.anchoring import Anchor
 from pnlac_fast.base_activations import base_activations
-from pnlac_fast.divergence import KLToBase, Reference
+from pnlac_fast.divergence import KLToBase
 from pnlac_fast.errors import UserError
 from pnlac_fast.inhibition import InhibitFT
 from pnlac_fast.neurons import NeuronSet
+from pnlac_fast.null_space import NullSpace
+from pnlac_fast.references import Reference
 
 LAYERS, WIDTH, WORDS = 2, 24, 32
 WAYS = [("freeze", "full"), ("specific", "full"), ("freeze", "lora")]
@@ -64,7 +66,8 @@ def callbacks(model: Any, mode: str) -> list[Any]:
     """Fresh ones for a model that has not been trained yet: one of each kind."""
     full = not hasattr(model, "peft_config")  # then base is gone when the run is resumed
     held = base_activations(model, rows(), chosen(1)) if full else None
-    return [InhibitFT(chosen(), mode), Anchor(chosen(1), 2.0, held), KLToBase(TEXTS, 0.5, batch_size=2)]
+    space = [NullSpace(TEXTS)] if mode == "specific" else []
+    return [InhibitFT(chosen(), mode), Anchor(chosen(1), 2.0, held), KLToBase(TEXTS, 0.5, batch_size=2), *space]
 
 
 def trainer(model: Any, given: list[Any], folder: Path, **changes: Any) -> Trainer:

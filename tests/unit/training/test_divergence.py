@@ -12,9 +12,10 @@ from transformers import (
 
 from pnlac_fast.adapters import Weights
 from pnlac_fast.datasets import Question
-from pnlac_fast.divergence import KLToBase, Reference, references
+from pnlac_fast.divergence import KLToBase
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
+from pnlac_fast.references import Reference, references
 
 
 def words() -> PreTrainedTokenizerFast:
@@ -27,7 +28,7 @@ def words() -> PreTrainedTokenizerFast:
 def test_references_are_prompts_or_answers_of_the_base() -> None:
     model = Model(Weights(decoder().float()), words(), "words", {})
     asked = [Question("race", "w05 w06 w07"), Question("race", "w08 w09")]
-    assert references(model, asked, on="prompts", template="w03 {instruction}") == [
+    assert references(model, asked, texts="prompts", template="w03 {instruction}") == [
         Reference((3, 5, 6, 7), 1),
         Reference((3, 8, 9), 1),
     ]
@@ -39,7 +40,7 @@ def test_references_are_prompts_or_answers_of_the_base() -> None:
         assert text.ids[-1] == 2
         assert len(text.ids) <= len(prompt) + 6
     with pytest.raises(UserError, match="Did you mean 'answers'"):
-        references(model, asked, on="answer")
+        references(model, asked, texts="answer")
     with pytest.raises(UserError, match="no questions"):
         references(model, [])
 

@@ -22,7 +22,7 @@ from pnlac_fast.rivals import Rival
 
 
 def test_the_record_says_what_was_minimised_beside_the_loss(base: Model) -> None:
-    options: dict[str, Any] = {"anchor_weight": 2.0, "kl_weight": 0.5, "kl_on": "prompts"}
+    options: dict[str, Any] = {"anchor_weight": 2.0, "kl_weight": 0.5, "other_texts": "prompts"}
     record = tune(base, inhibit=chosen(), inhibit_mode="kl,anchor", **options).record
     assert record["method"] == "anchor+kl"
     assert list(record["inhibit"]) == ["anchor", "kl"]
@@ -52,15 +52,15 @@ def test_a_last_projection_that_was_named_is_known_to_every_mode(
     mixed = load_model(tmp_path / "mixture", last_projection="mlp.shared_expert.down_proj")
     neurons = replace(chosen(), base=mixed.origin)
     before = weights(mixed)
-    options: dict[str, Any] = {"method": method, "steps": 2, "kl_max_new_tokens": 4}
-    for mode in ("freeze,anchor,kl", "specific"):
+    options: dict[str, Any] = {"method": method, "steps": 2, "other_max_new_tokens": 4}
+    for mode in ("freeze,anchor,kl", "specific,nullspace"):
         tuned = tune(mixed, inhibit=neurons, inhibit_mode=mode, **options)
         assert tuned.model.width("mlp_mid") == WIDTH
         if method == "full":
             name = "model.layers.0.mlp.shared_expert.gate_proj.weight"
             moved = (weights(tuned.model)[name] != before[name]).any(1)
             own = torch.from_numpy(neurons.member[0])
-            assert (moved == (own if mode == "specific" else ~own)).all()
+            assert (moved == (own if "specific" in mode else ~own)).all()
     vectors = np.ones((LAYERS, 1, 16), np.float32)
     steered = tune(mixed, rival=Rival("steer", directions=vectors), **options)
     assert not same(weights(steered.model), before) or method == "lora"
@@ -72,7 +72,7 @@ def test_a_penalty_holds_what_it_is_for(mode: str, base: Model) -> None:
     held_out, ends = questions(seed=1, n=5), []
     for weight in (1e-6, 30.0 if mode == "anchor" else 3.0):
         options: dict[str, Any] = {f"{mode}_weight": weight, "inhibit": chosen() if mode == "anchor" else None}
-        tuned = tune(base, steps=30, probe=held_out, inhibit_mode=mode, kl_max_new_tokens=5, **options)
+        tuned = tune(base, steps=30, probe=held_out, inhibit_mode=mode, other_max_new_tokens=5, **options)
         assert tuned.trajectory is not None
         assert (tuned.trajectory["margin"][-1] - tuned.trajectory["margin"][0]).values[:5].mean() > 0.2
         ends.append(tuned.record[mode][-1][1])
@@ -81,12 +81,12 @@ def test_a_penalty_holds_what_it_is_for(mode: str, base: Model) -> None:
 
 def test_kl_is_on_other_topics_than_the_tuned_and_on_other_questions_than_the_probes(base: Model) -> None:
     with pytest.raises(UserError, match="'race' is tuned on"):
-        tune(base, inhibit_mode="kl", kl_topics=("race",))
+        tune(base, inhibit_mode="kl", other_topics=("race",))
     with pytest.raises(UserError, match="Did you mean 'science'"):
-        tune(base, inhibit_mode="kl", kl_topics=("scienc",))
+        tune(base, inhibit_mode="kl", other_topics=("scienc",))
     with pytest.raises(UserError, match="no questions of other topics"):
-        tune(base, inhibit_mode="kl", kl_data=questions(topics=("race",)))
-    with pytest.raises(UserError, match="used for the KL"):
+        tune(base, inhibit_mode="kl", other_data=questions(topics=("race",)))
+    with pytest.raises(UserError, match="also those of other topics"):
         tune(base, inhibit_mode="kl", probe=questions()[-3:])
 
 

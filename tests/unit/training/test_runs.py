@@ -23,6 +23,7 @@ from pnlac_fast.trajectory import load_trajectory
     [
         *(("full", "freeze"), ("full", "specific"), ("lora", "freeze")),
         *(("full", "anchor,kl"), ("lora", "anchor,kl"), ("full", "specific,kl")),
+        *(("full", "specific,nullspace"), ("lora", "specific,nullspace,kl")),
     ],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(
@@ -32,7 +33,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         "method": method,
         "inhibit": chosen(),
         "inhibit_mode": mode,
-        "kl_max_new_tokens": 5,
+        "other_max_new_tokens": 5,
         "probe": questions(seed=1, n=3),
         "points": 6,
         "lora_dropout": 0.1,
