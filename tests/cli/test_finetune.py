@@ -59,6 +59,10 @@ def test_finetune_anchors_and_holds_to_base(cli, world: Path, base, tmp_path: Pa
     assert (inhibit["kl"]["topics"], inhibit["kl"]["questions"], inhibit["kl"]["weight"]) == (["economy"], 7, 0.5)
     alone = done(cli(*asked, "--inhibit-mode", "kl", "--other-max-new-tokens", 4, "--out", tmp_path / "k")).json
     assert (alone["method"], alone["inhibit"]["kl"]["topics"]) == ("kl", ["economy", "science"])
+    space = [*neurons, "--inhibit-mode", "specific,nullspace", "--null-share", 0.7, "--other-texts", "prompts"]
+    found = done(cli(*asked, *space, "--method", "full", "--out", tmp_path / "n")).json["inhibit"]
+    assert (found["specific"]["set"], found["nullspace"]["null_share"]) == ("race/specific/race", 0.7)
+    assert cli(*asked, "--null-share", 0.7, "--out", tmp_path / "x").code == 2
     sets = ["--set", "specific=race/specific/race", "--set", "anchor=race/specific/economy", "--anchor-weight", 3]
     both = [*neurons, "--inhibit-mode", "specific", "--inhibit-mode", "anchor", *sets]
     inhibit = done(cli(*asked, *both, "--out", tmp_path / "b")).json["inhibit"]
