@@ -118,7 +118,7 @@ class NullSpace(TrainerCallback):
         self.steps, self._first = 0, state.global_step
         # A LoRA's A is itself a change; of other weights a change is what they have moved since the step before.
         self._held = [
-            (one, self.directions[one.layer], one.parameter.detach() * (0 if one.change else 1))
+            (one, self.directions[one.layer], one.parameter.detach() * (1 if one.after is None else 0))
             for one in _trained(decoder_of(model, self.last_projection))
         ]
         if not self._held:
@@ -133,13 +133,15 @@ class NullSpace(TrainerCallback):
                 rows = (one.parameter - before).movedim(one.inputs, -1).to(directions.dtype)
                 along = (rows @ directions @ directions.T).movedim(-1, one.inputs)
                 one.parameter.sub_(along.to(before.dtype))
-                if not one.change:
+                if one.after is None:
                     before.copy_(one.parameter)
 
         def count(*_: Any) -> None:
             self.steps += 1
 
         if not state.global_step:  # a checkpoint to resume from is projected already
+            if any(one.after is not None and one.after.any() for one, *_ in self._held):
+                raise UserError("The adapter has been trained without this null space: start from a fresh LoRA.")
             project()
         self._hooks = [optimizer.register_step_post_hook(hook) for hook in (project, count)]
 
@@ -204,7 +206,7 @@ class _Trained(NamedTuple):
     layer: int
     parameter: nn.Parameter
     inputs: int | None  # which dimension is that of the inputs; None of a bias, whose input is 1 on every topic
-    change: bool  # whether the parameter is itself a change: A of a LoRA
+    after: nn.Parameter | None  # B, where the parameter is A of a LoRA, and so itself a change
 
 
 def _into(model: Model) -> list[list[tuple[str, Any]]]:
@@ -226,17 +228,17 @@ def _trained(model: Model) -> Iterator[_Trained]:
                 for name, place in module.places.items():
                     own = getattr(module, f"slice_{name}")
                     if name in ("bias", f"{part}_bias"):
-                        yield _Trained(layer, own, None, False)
+                        yield _Trained(layer, own, None, None)
                     elif name in ("weight", part):
                         last = place.first is not None or place.dim == 0  # else of a Conv1D, [input, neuron]
-                        yield _Trained(layer, own, -1 if last else 0, False)
+                        yield _Trained(layer, own, -1 if last else 0, None)
             elif linear:
                 if inner.weight.requires_grad:
-                    yield _Trained(layer, inner.weight, -1 if isinstance(inner, nn.Linear) else 0, False)
+                    yield _Trained(layer, inner.weight, -1 if isinstance(inner, nn.Linear) else 0, None)
                 if inner.bias is not None and inner.bias.requires_grad:
-                    yield _Trained(layer, inner.bias, None, False)
-            for factor in getattr(module, "lora_A", {}).values():
+                    yield _Trained(layer, inner.bias, None, None)
+            for name, factor in getattr(module, "lora_A", {}).items():
                 if factor.weight.requires_grad and not linear:
                     raise UserError("A LoRA on experts has no null space: tune in full, with mode specific.")
                 if factor.weight.requires_grad:
-                    yield _Trained(layer, factor.weight, -1, True)
+                    yield _Trained(layer, factor.weight, -1, module.lora_B[name].weight)

@@ -167,6 +167,10 @@ def test_what_would_do_nothing_is_refused(base: Model, tmp_path: Path) -> None:
         NullSpace([])
     with pytest.raises(UserError, match="add mode specific"):
         trainer(lora(decoder(), ["q_proj"]), [NullSpace(TEXTS)], tmp_path).train()
+    trained = lora(decoder())
+    trainer(trained, [], tmp_path).train()
+    with pytest.raises(UserError, match="fresh LoRA"):
+        trainer(trained, [NullSpace(TEXTS)], tmp_path).train()
     late = NullSpace(TEXTS)
     ready = trainer(decoder(), [], tmp_path)
     ready.add_callback(late)
