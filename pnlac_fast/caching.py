@@ -276,7 +276,7 @@ def _commits(writer: Writer, *, overlap: bool, out: str | Path) -> Iterator[Call
 
     What is under way when the block ends, by whatever cause, is finished first.
     """
-    with ThreadPoolExecutor(1) as pool, _heard() as stops:
+    with ThreadPoolExecutor(1) as pool:
         running: Future[None] | None = None
 
         def settle() -> None:
@@ -288,8 +288,6 @@ def _commits(writer: Writer, *, overlap: bool, out: str | Path) -> Iterator[Call
 
         def commit(number: int, sums: Sums) -> None:
             nonlocal running
-            if stops:
-                raise KeyboardInterrupt
             settle()
             with _undisturbed():  # else a signal could come between the start and the note of it
                 running = pool.submit(writer.commit, number, sums.counts, sums.base, sums.tuned, sums.rows, sums.raw)
@@ -313,29 +311,6 @@ def _budget(model: Model, neurons: int) -> int:
     widest = max(model.width("mlp_mid"), neurons)
     token = model.hf.dtype.itemsize * (len(model.blocks) * neurons + 4 * widest + 8 * model.width("resid"))
     return 2 ** max(6, min(most, free // 4 // token).bit_length() - 1)
-
-
-@contextmanager
-def _heard() -> Iterator[list[int]]:
-    """The signals to stop that have come: a library that catches everything may have swallowed what they raised."""
-    heard: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield heard
-        return
-    present = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    before = {number: handler for number, handler in present.items() if callable(handler)}
-
-    def hear(number: int, frame: Any) -> None:
-        heard.append(number)
-        before[signal.Signals(number)](number, frame)
-
-    for number in before:
-        signal.signal(number, hear)
-    try:
-        yield heard
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

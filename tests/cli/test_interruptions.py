@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,10 @@ def test_a_signal_stops_cache_and_the_same_command_goes_on(
     options = ["cache", *base[:2], "--data", tmp_path / "many.jsonl", *tuned, "--unit-tokens", 60]
     command = [sys.executable, "-m", "pnlac_fast.cli", *map(str, options), "--out", str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell starts what it puts into the background deaf to SIGINT, and that is inherited.
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, **pipes, env=environment, preexec_fn=heard) as run:
         deadline = time.monotonic() + 60
         while run.poll() is None and time.monotonic() < deadline and not committed(out):
             time.sleep(0.02)

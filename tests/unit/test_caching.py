@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import signal
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from pnlac_fast import caching
 from pnlac_fast import store as stores
 from pnlac_fast.caching import cache, plan
 from pnlac_fast.datasets import Question
@@ -60,26 +58,6 @@ def test_a_signal_during_a_commit_waits_for_its_end(model_paths, questions, tmp_
         cache(model_paths["llama"], {"t": model_paths["llama_tuned"]}, questions, out, unit_tokens=30)
     assert stores.info(out)["units_done"] == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_stop_that_a_library_swallows_ends_the_run_all_the_same(
-    model_paths, questions, tmp_path: Path, monkeypatch
-) -> None:
-    real, calls = caching.accumulate, []
-
-    def deaf(*args, **kwargs):  # type: ignore[no-untyped-def]
-        calls.append(1)
-        if len(calls) == 2:
-            with suppress(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(caching, "accumulate", deaf)
-    out, before = tmp_path / "s.zarr", signal.getsignal(signal.SIGINT)
-    with pytest.raises(Interrupted, match="same command again"):
-        cache(model_paths["llama"], {"t": model_paths["llama_tuned"]}, questions, out, unit_tokens=40)
-    assert (len(calls), stores.info(out)["units_done"]) == (2, 1)
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_resumed_run_keeps_its_pass_whatever_memory_is_free(model_paths, questions, tmp_path, monkeypatch) -> None:
