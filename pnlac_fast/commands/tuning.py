@@ -39,7 +39,11 @@ OTHERS = ("inhibit_mode", ("nullspace", "kl"))
 @option("--lora-dropout", default=0.0, show_default=True, needs=("method", ("lora",)))
 @names("--target-modules", "all-linear", "Modules that get a LoRA.", needs=("method", ("lora",)))
 @option("--inhibit", help="Neuron file from pnlac-fast locate: tune by InhibitFT.")
-@names("--inhibit-mode", None, "freeze these neurons (default), train only specific ones, nullspace, anchor, kl.")
+@names(
+    "--inhibit-mode",
+    None,
+    "freeze these neurons (default), train only specific ones, nullspace (keep out of others' inputs), anchor, kl.",
+)
 @option(
     "--set",
     "set_names",
@@ -65,7 +69,13 @@ OTHERS = ("inhibit_mode", ("nullspace", "kl"))
 @option("--anchor-weight", default=1.0, show_default=True, needs=ANCHOR, help="Of the mean squared change, in stds.")
 @option("--anchor-store", needs=ANCHOR, help="Base's activations, of cache --raw full --tokens all --side SIDE.")
 @option("--kl-weight", default=1.0, show_default=True, needs=KL, help="Of the KL to base on other topics.")
-@option("--null-share", default=0.5, show_default=True, needs=NULL, help="Of other topics' input, left alone.")
+@option(
+    "--null-share",
+    default=0.5,
+    show_default=True,
+    needs=NULL,
+    help="Share of other topics' mean squared input in whose directions gate and up do not move.",
+)
 @option("--other-data", needs=OTHERS, help="Questions of other topics, no labels needed. Default: --data.")
 @names("--other-topics", None, "Their topics, none that is judged. Default: all but --topic.", needs=OTHERS)
 @option("--other-texts", default="answers", show_default=True, needs=OTHERS, help="Base's own answers, or prompts.")
