@@ -42,8 +42,8 @@ def demo(
     Parameters
     ----------
     size
-        "full" (about 1 M parameters, a few minutes on two cores), "small", or "large" (55 M, on a CUDA GPU where there
-        is one; without, it takes hours). "large" has not been tried yet: the gate says whether its base is of use.
+        "full" (about 1 M parameters, a few minutes on two cores), "small", or "large" (53 M, on a CUDA GPU where there
+        is one; without, it takes hours).
     seed
         Seed of the base model, of the fine-tunes and of the random controls.
     out

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -99,7 +100,10 @@ def testbed_plan(plan: StudyPlan, size: str) -> StudyPlan:
     factor = RECIPES[size].tuning_rate / RECIPES["full"].tuning_rate
 
     def scaled(options: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value * factor if name == "learning_rate" else value for name, value in options.items()}
+        if "learning_rate" not in options:
+            return dict(options)
+        rates = np.multiply(options["learning_rate"], factor).tolist()  # of one rate or a list
+        return {**options, "learning_rate": rates}
 
     methods = {name: scaled(options) for name, options in plan.methods.items()}
     return replace(plan, finetune=scaled(plan.finetune), methods=methods)

@@ -78,7 +78,7 @@ def model_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     paths = {kind: build(kind, root / kind) for kind in ("llama", "qwen2")}
     for kind in ("llama", "qwen2"):
-        tuned = load_model(paths[kind]).hf
+        tuned = load_model(paths[kind], device="cpu").hf
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in tuned.parameters():
@@ -96,7 +96,8 @@ def adapter_paths(model_paths: dict[str, Path], tmp_path_factory: pytest.TempPat
 
     root = tmp_path_factory.mktemp("adapters")
     for seed, name in enumerate(("race", "science")):
-        peft = get_peft_model(load_model(model_paths["llama"]).hf, LoraConfig(r=4, target_modules="all-linear"))
+        base = load_model(model_paths["llama"], device="cpu").hf
+        peft = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for key, parameter in peft.named_parameters():

@@ -14,8 +14,9 @@ from pnlac_fast.benchmarking.workloads import Workload
 from pnlac_fast.capture import Sums
 
 TOKENS = ("prompt", "last")
-# Of the neuron's typical activation. In bfloat16 another batch rounds every activation differently.
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+# Of what a layer's neurons typically are. In bfloat16 another batch rounds every activation differently: by 2 % in the
+# last of 32 layers of hidden 1024, more where layers are wider.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.1}
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +75,11 @@ def read_store(path: Path, workload: Workload) -> dict[str, np.ndarray]:
 
 
 def distance(mine: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> float:
-    """Largest difference of any figure, as a share of what the neuron typically is."""
-    typical = np.sqrt(np.square(mine["rms_base"]).mean((0, 1, 2)))  # [layer, neuron]
-    # A neuron that is hardly ever on has no scale of its own: its layer lends it one.
-    scale = np.maximum(typical, 0.1 * np.sqrt(np.square(typical).mean(-1, keepdims=True)))
-    return float(np.max([(np.abs(mine[name] - theirs[name]) / scale).max() for name in mine]))  # NaN stays NaN
+    """Largest difference of any figure in any layer: the norm over its neurons, as a share of what base's is."""
+    typical = _norms(mine["rms_base"])
+    return float(np.max([_norms(mine[name] - theirs[name]) / typical for name in mine]))  # NaN stays NaN
+
+
+def _norms(values: np.ndarray) -> np.ndarray:
+    """Of each layer, over all other dimensions."""
+    return np.sqrt(np.square(values).sum((0, 1, 2, 4)))

@@ -124,5 +124,5 @@ def _agree(workload: Workload, name: str, apart: float) -> None:
     allowed = TOLERANCE[workload.base.hf.dtype]
     if not apart <= allowed:
         raise RuntimeError(
-            f"'{name}' differs by {apart:.1e} of a neuron's typical activation, {allowed:.0e} is allowed: no timing"
+            f"'{name}' differs by {apart:.1e} of what activations typically are, {allowed:.0e} is allowed: no timing"
         )

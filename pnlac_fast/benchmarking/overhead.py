@@ -72,6 +72,6 @@ def measure(workload: Workload, repeats: int = 5) -> dict[str, Any]:
     hooked, fused = (of_captures(ways[name]()).figures() for name in ("hooked", "fused"))
     apart = distance(hooked, fused)
     if not apart <= TOLERANCE[workload.base.hf.dtype]:
-        raise RuntimeError(f"Hooks and the fused kernel differ by {apart:.1e} of a neuron's typical activation.")
+        raise RuntimeError(f"Hooks and the fused kernel differ by {apart:.1e} of what activations typically are.")
     seconds = interleaved(ways, repeats, workload.device)
     return {"shape": workload.shape} | {name: ratio(seconds[name], seconds["bare"]) for name in ("hooked", "fused")}

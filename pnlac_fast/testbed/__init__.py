@@ -76,7 +76,7 @@ def build(size: str | Recipe = "full", seed: int = 0, cache_dir: str | Path | No
     Parameters
     ----------
     size
-        "full" (0.9 M parameters), "small" (0.3 M, for tests) or "large" (55 M, trained on a CUDA GPU where there is
+        "full" (0.9 M parameters), "small" (0.3 M, for tests) or "large" (53 M, trained on a CUDA GPU where there is
         one, and for hours where there is none), or a recipe of your own.
     seed
         Decides the documents, the initial weights and the order of training; the same seed gives the same bits on

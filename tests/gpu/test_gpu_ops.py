@@ -176,7 +176,6 @@ def rounded(found: Tensor, expected: Tensor) -> None:
         if not (INTERPRETED and found.dtype == torch.bfloat16):
             assert float((found != expected).float().mean()) < 0.02
     else:
-        # The reference itself loses digits where GELU is next to zero.
         torch.testing.assert_close(found, expected, rtol=16 * step, atol=max(16 * step, 1e-12))
 
 

@@ -89,14 +89,10 @@ def test_swiglu_over_the_whole_range(engine: str, activation: str) -> None:
     gate = torch.linspace(-86, 100, 100_001)[None]
     found = swiglu(gate, torch.ones_like(gate), activation, engine=engine)
     x = gate.double()
-    # torch's gelu cancels in 1 + tanh even in float64.
     exponent = x if activation == "silu" else (8 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)
     wanted = x * torch.sigmoid(exponent)
     tolerance = 2.0**-24 * (4 + 3 * exponent.abs())
     worst = ((found - wanted).abs() - 1e-37) / wanted.abs().clamp_min(1e-300)
-    if activation == "gelu_tanh" and engine == "torch":
-        worst = worst[:, gate[0] > -1]
-        tolerance = tolerance[:, gate[0] > -1]
     assert (worst <= tolerance).all()
     special = torch.tensor([[0.0, torch.inf, torch.nan, 1e30, -1000.0]])
     found = swiglu(special, torch.ones_like(special), activation, engine=engine)[0]
