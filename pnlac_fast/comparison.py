@@ -64,7 +64,7 @@ def method_name(record: Mapping[str, Any]) -> str:
     "plain"; "freeze_5" where 5 % of all neurons were frozen; "specific_10" where only those specific in the top 10 %
     were trained; "freeze_random_5" and "specific_random_10" with random neurons in their place; "slow_5_by_0.5" where
     5 % took half of each step; "anchor_5" and "kl", with "_by_3" for a weight of 3; "anchor_5+kl" for both together;
-    "nullspace", and "nullspace_70" for another share than 50 %.
+    "nullspace", and "nullspace_50" for another share than 80 %.
     Rivals are "mlp", "inoculate", or with their strength "rate_0.1", "caft_1", "steer_1". "freeze_lowest_5" is freezing
     the lowest-ranked neurons.
     """
@@ -79,7 +79,7 @@ def _mode_name(mode: str, one: Mapping[str, Any]) -> str:
     if mode == "kl":
         return f"kl{weight}"
     if mode == "nullspace":
-        return "nullspace" if one["null_share"] == 0.5 else f"nullspace_{100 * one['null_share']:.0f}"
+        return "nullspace" if one["null_share"] == 0.8 else f"nullspace_{100 * one['null_share']:.0f}"
     percent = 100 * (one["found"].get("top", one["share"]) if mode == "specific" else one["share"])
     control = f"{one['kind']}_" if one["kind"] in ("random", "lowest") else ""
     amount = f"{control}{percent:{'.0f' if percent >= 0.5 else '.2g'}}"

@@ -64,7 +64,7 @@ class Interventions:
     factor: float = 0.0
     anchor_weight: float = 1.0
     kl_weight: float = 1.0
-    null_share: float = 0.5
+    null_share: float = 0.8
     others: tuple[Question, ...] = ()
     other_texts: str = "answers"
     other_max_new_tokens: int = 64

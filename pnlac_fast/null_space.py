@@ -66,13 +66,13 @@ class NullSpace(TrainerCallback):
     def __init__(
         self,
         texts: Sequence[Reference],
-        share: float = 0.5,
+        share: float = 0.8,
         *,
         batch_size: int = 16,
         last_projection: str | None = None,
     ) -> None:
         if not 0 < share < 1:
-            raise UserError(f"A null-space share of {share:g} leaves nothing alone, or nothing to learn: give 0.5.")
+            raise UserError(f"A null-space share of {share:g} leaves nothing alone, or nothing to learn: give 0.8.")
         if not texts or batch_size < 1:
             raise UserError(f"{len(texts)} texts in parts of {batch_size} show nothing: give at least one of each.")
         self.texts, self.share, self.batch_size = list(texts), share, batch_size

@@ -11,6 +11,7 @@ from typing import Any
 import xarray as xr
 from transformers import TrainerCallback
 
+from pnlac_fast.averaging import TailAverage
 from pnlac_fast.completions import choose_questions, encode_rows
 from pnlac_fast.cost import Meter, StepClock
 from pnlac_fast.datasets import SIDES, Question, as_questions, fingerprint
@@ -76,6 +77,7 @@ def finetune(
     warmup_steps: int = 5,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
+    average_last: int = 1,
     seed: int = 0,
     inhibit: NeuronSet | Mapping[str, NeuronSet] | None = None,
     inhibit_mode: str | Sequence[str] | None = None,
@@ -85,7 +87,7 @@ def finetune(
     other_data: str | Path | Sequence[Question] | None = None,
     other_topics: Sequence[str] | None = None,
     kl_weight: float = 1.0,
-    null_share: float = 0.5,
+    null_share: float = 0.8,
     other_texts: str = "answers",
     other_max_new_tokens: int = 64,
     lora_rank: int = 16,
@@ -135,6 +137,9 @@ def finetune(
     warmup_steps, weight_decay, max_grad_norm
         Of the optimizer: steps until the learning rate is reached; the share of a weight, times the learning rate, that
         each step takes off; and the norm to which longer gradients are shortened, 0 for never.
+    average_last
+        At the end, take the mean of the weights after so many last steps, see
+        :class:`pnlac_fast.averaging.TailAverage`. Default 1: those after the last.
     lora_rank, lora_alpha, lora_dropout, target_modules
         Of the LoRA (arXiv 2106.09685): its rank; alpha, which over the rank is the factor of its change; the share of
         its inputs that is dropped; and PEFT's names of modules, or "all-linear", which InhibitFT needs at least for the
@@ -250,6 +255,8 @@ def finetune(
     rows = encode_rows(base, questions, side, template if against is None else against.template(template))
     if steps is None:
         steps = math.ceil(math.ceil(len(rows) / batch_size) * (EPOCHS if epochs is None else epochs))
+    if not 1 <= average_last <= steps:
+        raise UserError(f"There is no mean of the last {average_last} of {steps} steps: average 1 to {steps}.")
     rate = LEARNING_RATE[method] if learning_rate is None else learning_rate
     settings: dict[str, Any] = {
         "tuned_topic": "+".join(topics),
@@ -263,6 +270,7 @@ def finetune(
         "warmup_steps": warmup_steps,
         "weight_decay": weight_decay,
         "max_grad_norm": max_grad_norm,
+        "average_last": average_last,
         "seed": seed,
         "template": template,
         "base": base.origin,
@@ -292,6 +300,8 @@ def finetune(
             callbacks.append(weights)
             settings["inhibit"][weights.mode]["covered"] = weights.prepare(run.module).covered
             slices = weights.slices
+        if average_last > 1:
+            callbacks.append(TailAverage(average_last))
         at = sorted({round(steps * (i / max(points - 1, 1)) ** 2) for i in range(points)} | {0, steps})
         if probes:
             callbacks.append(watch := Trajectory(run.view, probes, at, work / TRAJECTORY_FILE, template, normalise))

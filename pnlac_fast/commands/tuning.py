@@ -34,6 +34,7 @@ OTHERS = ("inhibit_mode", ("nullspace", "kl"))
 @option("--warmup-steps", default=5, show_default=True)
 @option("--weight-decay", default=0.0, show_default=True)
 @option("--max-grad-norm", default=1.0, show_default=True, help="Longer gradients are shortened; 0 for never.")
+@option("--average-last", default=1, show_default=True, help="Take the mean of the weights after so many last steps.")
 @option("--lora-rank", default=16, show_default=True, needs=("method", ("lora",)))
 @option("--lora-alpha", default=32, show_default=True, needs=("method", ("lora",)))
 @option("--lora-dropout", default=0.0, show_default=True, needs=("method", ("lora",)))
@@ -71,7 +72,7 @@ OTHERS = ("inhibit_mode", ("nullspace", "kl"))
 @option("--kl-weight", default=1.0, show_default=True, needs=KL, help="Of the KL to base on other topics.")
 @option(
     "--null-share",
-    default=0.5,
+    default=0.8,
     show_default=True,
     needs=NULL,
     help="Share of other topics' mean squared input in whose directions gate and up do not move.",

@@ -18,6 +18,7 @@ from pnlac_fast.loading import load_model
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import jaccard, load_sets
 from pnlac_fast.study_plan import EMBEDDED, embedded_plan, read_plan
+from pnlac_fast.study_subject import testbed_plan as plan_of_size
 from pnlac_fast.studying import study
 
 PLAN: dict[str, Any] = {
@@ -208,3 +209,11 @@ def test_embedded_plans_hold_and_what_a_plan_lacks_is_theirs(name: str, tmp_path
     file.write_text("side = ")
     with pytest.raises(UserError, match="--show-plan"):
         read_plan(file, name)
+
+
+def test_rates_of_a_plan_are_brought_to_the_size_of_the_testbed() -> None:
+    plan = read_plan({"methods": {"plain": {}, "slow": {"learning_rate": [3e-4, 6e-4], "steps": 9}}}, "testbed")
+    large = plan_of_size(plan, "large")
+    assert large.finetune["learning_rate"] == pytest.approx(5e-5)
+    assert large.methods == {"plain": {}, "slow": {"learning_rate": pytest.approx([5e-5, 1e-4]), "steps": 9}}
+    assert plan_of_size(plan, "full") == plan
