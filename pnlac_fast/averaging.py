@@ -25,8 +25,8 @@ class TailAverage(TrainerCallback):
     """Puts the mean of what trains after each of the last steps in its place, as a callback of a Trainer.
 
     Of ``transformers.Trainer`` or TRL's ``SFTTrainer``. Until the last step the weights are what they would be anyway.
-    It keeps a float32 copy of what trains during these steps, and writes it beside a checkpoint that falls among them,
-    so that a resumed run ends with the same bits.
+    During these it keeps a copy of what trains, in float32 at least, and writes it beside a checkpoint that falls among
+    them, so that a resumed run ends with the same bits.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ class TailAverage(TrainerCallback):
             return
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for name, parameter in trained.items():
-            now = parameter.detach().float()
+            now = parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
             # Written so that the mean of equal values has their bits.
             self._means[name] = now.clone() if count == 1 else self._means[name].to(now.device).lerp(now, 1 / count)
         if count == self.last:
@@ -76,7 +76,10 @@ class TailAverage(TrainerCallback):
             before = list(Path(args.output_dir).glob(f"{PREFIX}*"))
             file = _file(args, state)
             file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: mean.cpu() for name, mean in self._means.items()}, draft := file.with_suffix(".draft"))
+            save_file(
+                {name: mean.cpu().contiguous() for name, mean in self._means.items()},
+                draft := file.with_suffix(".draft"),
+            )
             os.replace(draft, file)
             kept = {f"{PREFIX}{p.name.rpartition('-')[2]}" for p in Path(args.output_dir).glob("checkpoint-*")}
             for old in before:

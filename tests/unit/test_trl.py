@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers.trainer_callback import PrinterCallback
 
 from pnlac_fast.anchoring import Anchor
+from pnlac_fast.averaging import TailAverage
 from pnlac_fast.base_activations import base_activations
 from pnlac_fast.divergence import KLToBase
 from pnlac_fast.inhibition import InhibitFT
@@ -118,7 +119,7 @@ def callbacks(model: Any, mode: str) -> list[Any]:
     """Fresh ones for a model that has not been trained yet."""
     found: list[Any] = [InhibitFT(chosen(), mode)] if mode in ("freeze", "specific") else []
     held = base_activations(model, rows(), chosen(1))
-    space = [NullSpace(TEXTS)] if mode == "specific" else []
+    space = [NullSpace(TEXTS), TailAverage(2)] if mode == "specific" else []
     return [*found, *space, Anchor(chosen(1), 2.0, held), KLToBase(TEXTS, 0.5, batch_size=2)]
 
 

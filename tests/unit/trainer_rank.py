@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerState, T
 from transformers.trainer_callback import PrinterCallback
 
 from pnlac_fast.anchoring import Anchor
+from pnlac_fast.averaging import TailAverage
 from pnlac_fast.base_activations import base_activations
 from pnlac_fast.divergence import KLToBase
 from pnlac_fast.errors import UserError
@@ -66,7 +67,7 @@ def callbacks(model: Any, mode: str) -> list[Any]:
     """Fresh ones for a model that has not been trained yet: one of each kind."""
     full = not hasattr(model, "peft_config")  # then base is gone when the run is resumed
     held = base_activations(model, rows(), chosen(1)) if full else None
-    space = [NullSpace(TEXTS)] if mode == "specific" else []
+    space = [NullSpace(TEXTS, 0.5), TailAverage(2)] if mode == "specific" else []
     return [InhibitFT(chosen(), mode), Anchor(chosen(1), 2.0, held), KLToBase(TEXTS, 0.5, batch_size=2), *space]
 
 
