@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from pnlac_fast import ops, prompts
 from pnlac_fast.errors import UserError
 from pnlac_fast.models import Model
-from pnlac_fast.packing import Pack, packs
+from pnlac_fast.packing import Pack, packed, packs
 from pnlac_fast.passes import run
 from pnlac_fast.profiling import staged
 from pnlac_fast.prompts import Batch, Text
@@ -126,35 +127,38 @@ def accumulate(
     counts = np.zeros(groups, np.int64)
     stored: list[RawRow] = []
     kept: dict[tuple[str, str], list[np.ndarray]] = {}
-    for batch in _batches(base, texts, batch_tokens, shortcuts):
-        chosen = [texts[i] for i in batch.index]
-        flat = [[batch.rows[n][p] for n, t in enumerate(chosen) for p in t.positions(name)] for name in tokens]
-        raw = [[(n, row) for row in raw_rows(i, texts[i], keep.tokens, tokens)] for n, i in enumerate(batch.index)]
-        rows = [at for group in raw for at in group]
-        pooled = [len(row.positions) for _, row in rows] if keep.tokens == "pooled" else None
-        selection = _select(
-            batch, flat, [batch.rows[n][p] for n, row in rows for p in row.positions], pooled, base.device
-        )
-        if not len(selection.take):
-            continue
-        counts += [len(group) for group in flat]
-        stored += [row for _, row in rows]
-        reference: dict[tuple[str, int], Tensor] = {}
-        for m, (name, model) in enumerate(tuned.items()):
-            if not m or "base" not in shortcuts:
-                reference = _read(base, batch, sites, selection, shortcuts)
-            sums = {site: sums[m] for site, sums in state.items()}
-            streams = _contrast(model, batch, sites, selection, reference, sums, engine, shortcuts, keep)
-            _store(kept, name, streams, keep)
-        if keep.tokens != "none":
-            of_base = {
-                (site, layer): _kept(a, _base_rows(a, selection), selection)
-                for (site, layer), a in reference.items()
-                if keep.reads(site, layer)
-            }
-            _store(kept, "base", of_base, keep)
-        del reference
-        _give_back(base.device)
+    with ExitStack() as stack:
+        for model in (base, *tuned.values()) if "pack" in shortcuts else ():
+            stack.enter_context(packed(model.hf))
+        for batch in _batches(base, texts, batch_tokens, shortcuts):
+            chosen = [texts[i] for i in batch.index]
+            flat = [[batch.rows[n][p] for n, t in enumerate(chosen) for p in t.positions(name)] for name in tokens]
+            raw = [[(n, row) for row in raw_rows(i, texts[i], keep.tokens, tokens)] for n, i in enumerate(batch.index)]
+            rows = [at for group in raw for at in group]
+            pooled = [len(row.positions) for _, row in rows] if keep.tokens == "pooled" else None
+            selection = _select(
+                batch, flat, [batch.rows[n][p] for n, row in rows for p in row.positions], pooled, base.device
+            )
+            if not len(selection.take):
+                continue
+            counts += [len(group) for group in flat]
+            stored += [row for _, row in rows]
+            reference: dict[tuple[str, int], Tensor] = {}
+            for m, (name, model) in enumerate(tuned.items()):
+                if not m or "base" not in shortcuts:
+                    reference = _read(base, batch, sites, selection, shortcuts)
+                sums = {site: sums[m] for site, sums in state.items()}
+                streams = _contrast(model, batch, sites, selection, reference, sums, engine, shortcuts, keep)
+                _store(kept, name, streams, keep)
+            if keep.tokens != "none":
+                of_base = {
+                    (site, layer): _kept(a, _base_rows(a, selection), selection)
+                    for (site, layer), a in reference.items()
+                    if keep.reads(site, layer)
+                }
+                _store(kept, "base", of_base, keep)
+            del reference
+            _give_back(base.device)
 
     expected = [sum(len(text.positions(name)) for text in texts) for name in tokens]
     if counts.tolist() != expected:

@@ -185,19 +185,37 @@ def _segments(paths: Sequence[list[int]], own: Sequence[int], device: torch.devi
 
 
 _running: ContextVar[tuple[Pack, bool]] = ContextVar("pack")  # the pack, and whether the model attends by "eager"
+_set_aside: dict[int, str] = {}  # how models inside of ``packed`` attend outside, by the id of their configurations
+
+
+@contextmanager
+def packed(hf: Any) -> Iterator[None]:
+    """Let a Hugging Face model attend as packs say, for any number of passes inside the block; may be nested.
+
+    To say so once a pass would cost two walks over all modules, 12 ms with adapters on 32 layers.
+    """
+    key, before = id(hf.config), hf.config._attn_implementation
+    if key in _set_aside:
+        yield
+        return
+    _set_aside[key] = before
+    try:
+        hf.set_attn_implementation(NAME)
+        yield
+    finally:
+        hf.set_attn_implementation(before)
+        del _set_aside[key]
 
 
 @contextmanager
 def attending(hf: Any, pack: Pack) -> Iterator[None]:
     """Let a Hugging Face model attend as a pack says, inside the block; its next inputs must be those of the pack."""
-    before = hf.config._attn_implementation
-    token = _running.set((pack, before == "eager"))
-    hf.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        hf.set_attn_implementation(before)
-        _running.reset(token)
+    with packed(hf):
+        token = _running.set((pack, _set_aside[id(hf.config)] == "eager"))
+        try:
+            yield
+        finally:
+            _running.reset(token)
 
 
 def _attend(

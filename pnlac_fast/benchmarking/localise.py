@@ -12,20 +12,19 @@ from pnlac_fast.benchmarking import baselines, peers
 from pnlac_fast.benchmarking.agreement import TOKENS, TOLERANCE, Statistics, distance, of_captures, read_store
 from pnlac_fast.benchmarking.timing import interleaved, ratio
 from pnlac_fast.benchmarking.workloads import TEMPLATE, Workload
+from pnlac_fast.capture import Sums
 
 SAMPLE = 2  # questions of each topic that the paper's way is timed on; it takes prompts one by one, so its time scales
 
 
-def ours(workload: Workload) -> Callable[[], Statistics]:
+def ours(workload: Workload) -> Callable[[], list[Sums]]:
     """This package's capture: base and every tuned model, topic by topic."""
     longest = max(len(text.ids) for group in workload.texts.values() for text in group)
     taken = passes.usable(workload.base, passes.SHORTCUTS, longest=longest)
 
-    def run() -> Statistics:
+    def run() -> list[Sums]:
         groups = workload.texts.values()
-        return of_captures(
-            [capture.accumulate(workload.base, workload.tuned, g, tokens=TOKENS, shortcuts=taken) for g in groups]
-        )
+        return [capture.accumulate(workload.base, workload.tuned, g, tokens=TOKENS, shortcuts=taken) for g in groups]
 
     return run
 
@@ -50,8 +49,10 @@ def command(workload: Workload, folder: Path) -> Callable[[], Path]:
     return run
 
 
-def check(workload: Workload, ways: dict[str, Callable[[], Statistics]], *, against: Statistics | None = None) -> None:
-    """Run every way and compare what it finds with ``against``; default: with the first way.
+def check(workload: Workload, ways: dict[str, Callable[[], Any]], *, against: Statistics | None = None) -> None:
+    """Run every way and compare what it finds, as :class:`Statistics` or one :class:`pnlac_fast.capture.Sums` a topic.
+
+    With ``against``; default: with what the first way finds.
 
     Raises
     ------
@@ -59,7 +60,8 @@ def check(workload: Workload, ways: dict[str, Callable[[], Statistics]], *, agai
         Two ways differ by more than rounding explains, so that their times would not compare.
     """
     for name, way in ways.items():
-        found = way()
+        result = way()
+        found = result if isinstance(result, Statistics) else of_captures(result)
         against = found if against is None else against
         _agree(workload, name, distance(against.figures(), found.figures()))
 
@@ -84,7 +86,7 @@ def measure(workload: Workload, repeats: int = 5) -> dict[str, Any]:
     """
     one, sample, count = workload.first(1), workload.first(1, SAMPLE), len(workload.tuned)
     scale = sum(map(len, workload.texts.values())) / sum(map(len, sample.texts.values()))
-    exact = ours(one)()
+    exact = of_captures(ours(one)())
     installed, absent = peers.prepare(one)
     others, failed = peers.usable(installed, lambda name, way: check(one, {name: way}, against=exact))
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +100,7 @@ def measure(workload: Workload, repeats: int = 5) -> dict[str, Any]:
         }
         if count > 1:
             ways |= {"all": ours(workload), "all_command": command(workload, Path(folder))}
-        check_store(workload, command(workload, Path(folder))(), against=ours(workload)())
+        check_store(workload, command(workload, Path(folder))(), against=of_captures(ours(workload)()))
         seconds = interleaved(ways, repeats, workload.device)
     all_of = "all" if count > 1 else "one"
     result: dict[str, Any] = {

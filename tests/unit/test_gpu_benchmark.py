@@ -33,7 +33,7 @@ def test_the_script_writes_nothing() -> None:
 
 
 def test_the_script_keeps_every_part_that_it_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On a GPU that is made up: one part fails, the time runs out after another."""
+    """On a GPU that is made up: the kernels and one part fail, the time runs out after another."""
     script = runpy.run_path(str(SCRIPT))
     now, asked = [0.0], []
 
@@ -44,22 +44,25 @@ def test_the_script_keeps_every_part_that_it_has(monkeypatch: pytest.MonkeyPatch
         now[0] += 200 if asked[-1] == "memory" else 50
         return subprocess.CompletedProcess(command, 0, json.dumps({"only": asked[-1]}))
 
+    def wrong_kernels() -> None:
+        raise RuntimeError("the sums differ")
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Made-up 9")
-    monkeypatch.setattr(gpu, "measure", lambda: {"copy": 1})
+    monkeypatch.setattr(gpu, "measure", wrong_kernels)
     monkeypatch.setattr(subprocess, "run", bench)
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     monkeypatch.setitem(script["main"].__globals__, "RESULTS", tmp_path)
     with pytest.raises(SystemExit) as ended:
         script["main"]()
-    assert str(ended.value).startswith("Missing there:\nmasked_step: Command")
+    assert str(ended.value).startswith("Missing there:\nkernels: the sums differ\nmasked_step: Command")
     assert str(ended.value).endswith("stall: no time left\nllama-3.2-3b: no time left")
     (file,) = tmp_path.iterdir()
     assert file.name.startswith("nvidia-made-up-9-20")
     found = json.loads(file.read_text())
-    assert (found["device"], found["kernels"]) == ("NVIDIA Made-up 9", {"copy": 1})
-    assert {name: part["only"] for name, part in found.items() if name not in ("device", "kernels")} == {
+    assert found.pop("device") == "NVIDIA Made-up 9"
+    assert {name: part["only"] for name, part in found.items()} == {
         "llama-3.1-8b": "localise,overhead",
         **{name: name for name in ("contrast_kernel", "training_step", "mixture_step", "memory")},
     }
-    assert asked == ["localise,overhead", "contrast_kernel", "masked_step", "training_step", "mixture_step", "memory"]
+    assert asked == ["localise,overhead", "training_step", "mixture_step", "contrast_kernel", "masked_step", "memory"]
