@@ -77,11 +77,14 @@ def compute(
     count, width = module.num_experts, module.down_proj.shape[1 if module.is_transposed else 2]
     routed: dict[int, Tensor] = {}
     active: dict[int, Tensor] = {}
-    for expert in index.unique().tolist():
-        if expert < count:  # with experts spread over devices, those of others have no number here
-            at, choice = (index == expert).nonzero(as_tuple=True)
-            scale = weights[at, choice, None].to(hidden.dtype)
+    order, scales, done = index.flatten().argsort(stable=True), weights.flatten(), 0
+    # With experts spread over devices, those of others have higher numbers, and none here.
+    for expert, taken in enumerate(index.flatten().bincount(minlength=count)[:count].tolist()):
+        if taken:
+            chosen = order[done : done + taken]
+            at, scale = chosen // index.shape[1], scales[chosen, None].to(hidden.dtype)
             routed[expert], active[expert] = at, _into(module, hidden[at], expert, product) * scale
+            done += taken
     rows = routed
     if visits := _visits.get({}).get(id(module), ()):
         changed, middle = False, hidden.new_zeros(len(hidden), count, width)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -46,6 +48,23 @@ class Place:
     def along(self) -> int:
         """In which dimension of :meth:`take` the entries are."""
         return self.dim if self.first is None else 0
+
+    def split(self, values: Tensor, count: int) -> Sequence[Tensor]:
+        """Values as :meth:`take` gives them, by where they stand in the first dimension, of ``count``."""
+        if self.first is None:
+            return values.unbind(0)
+        order, sizes = self._grouped
+        return values.index_select(0, order.to(values.device)).split(sizes + [0] * (count - len(sizes)))
+
+    def indices(self, count: int) -> Sequence[Tensor]:
+        """Of each number in the first dimension, of ``count``, its entries' ``index``."""
+        return [self.index] * count if self.first is None else self.split(self.index, count)
+
+    @cached_property
+    def _grouped(self) -> tuple[Tensor, list[int]]:
+        """The entries in the order of where they stand in the first dimension, and how many stand at each place."""
+        assert self.first is not None
+        return self.first.argsort(stable=True), self.first.bincount().tolist()
 
     def _pairs(self, tensor: Tensor) -> tuple[Any, ...]:
         assert self.first is not None
