@@ -27,6 +27,8 @@ from pnlac_fast.neurons import NeuronSet
 from pnlac_fast.penalties import Penalty, require_whole
 from pnlac_fast.profiling import staged
 
+ON_DEVICE = 256 << 20  # bytes of base activations that are kept where the model is; more stay on the host
+
 
 class Anchor(Penalty):
     """A penalty on the change of chosen neurons' activations, as a callback of ``transformers.Trainer`` or TRL.
@@ -88,6 +90,7 @@ class Anchor(Penalty):
         base, inner = self.base, backbone(model.hf)
         columns = columns_of(self.neurons, model.device)
         inverse = (1 / base.std).to(model.device)
+        held = base.values.to(model.device) if base.values.nbytes <= ON_DEVICE else base.values
         now: dict[str, Any] = {"on": False}  # the rows of the pass that trains
 
         @torch.compiler.disable
@@ -101,10 +104,12 @@ class Anchor(Penalty):
             mask = torch.ones_like(ids) if mask is None else mask
             if mask.shape != ids.shape:
                 raise UserError("Anchoring needs a padding mask [row, position]: train without packing.")
-            rows = base.places(ids.cpu(), mask.cpu()).flatten()
+            # Both at once, since a copy to the host waits for the device.
+            rows = base.places(*torch.stack((ids, mask.to(ids.dtype))).cpu()).flatten()
             counted = (rows >= 0).to(ids.device)[:, None]
-            weight = counted / (counted.sum() * base.values.shape[1]).clamp(min=1)
-            now.update(base=base.values[rows.clamp(min=0)].to(ids.device), weight=weight, seen=set(), value=0.0)
+            weight = counted / (counted.sum() * held.shape[1]).clamp(min=1)
+            of_base = held[rows.clamp(min=0).to(held.device)].to(ids.device)
+            now.update(base=of_base, weight=weight, seen=set(), value=0.0)
 
         @torch.compiler.disable
         def leave(*_: Any) -> None:

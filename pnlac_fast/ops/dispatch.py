@@ -20,8 +20,9 @@ import torch
 from pnlac_fast.errors import UserError, unknown
 from pnlac_fast.ops import native
 
-# What "auto" tries, in this order, for tensors on a device.
-PREFERRED = {"cpu": ("cpp", "torch"), "cuda": ("triton", "cuda", "torch")}
+# What "auto" tries, in this order, for tensors on a device. On an H100 the contrast in CUDA reads at 0.57 to 1.05 of
+# the rate of a copy, that in Triton, which needs no nvcc, at 0.35 to 0.88 (benchmarks/results).
+PREFERRED = {"cpu": ("cpp", "torch"), "cuda": ("cuda", "triton", "torch")}
 
 _library = torch.library.Library("pnlac_fast", "DEF")
 _warned = False
