@@ -77,7 +77,7 @@ def demo(
     given = tomllib.loads(embedded_plan("demo"))
     for name, options in given["methods"].items():
         options |= {} if name == "plain" else {"topic": chosen}
-    with subject.threads():
+    with subject.computing():
         results = study_one(subject, testbed_plan(read_plan(given, "demo"), size))
     training, patching = results["training"], results["patching"]
     stance = stores.open_result(out / "store.zarr", "stance")

@@ -30,7 +30,13 @@ SMALL = 10_000_000  # parameters: on the CPU, matrices of such a model lose by t
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What one seed of a study is about, and where it is written; see :func:`pnlac_fast.study`."""
+    """What one seed of a study is about, and where it is written; see :func:`pnlac_fast.study`.
+
+    Attributes
+    ----------
+    tf32
+        Whether a GPU may round the factors of float32 matrix products to TF32, as it does where the base was trained.
+    """
 
     base: Model
     seed: int
@@ -42,6 +48,7 @@ class Subject:
     jobs: int | None = None
     overwrite: bool = False
     progress: bool = True
+    tf32: bool = False
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -75,15 +82,18 @@ class Subject:
         return self.jobs or (1 if self.base.device.type != "cpu" else min(4, os.cpu_count() or 1))
 
     @contextmanager
-    def threads(self) -> Iterator[None]:
-        """One thread where the model is small, so that other processes have the other cores."""
-        before = torch.get_num_threads()
+    def computing(self) -> Iterator[None]:
+        """One thread where the model is small, so that other processes have the other cores; and TF32 where allowed."""
+        threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
         if self.base.device.type == "cpu" and sum(p.numel() for p in self.base.hf.parameters()) < SMALL:
             torch.set_num_threads(1)
+        if self.tf32:
+            torch.set_float32_matmul_precision("high")
         try:
             yield
         finally:
-            torch.set_num_threads(before)
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(precision)
 
 
 def testbed_subject(bed: Testbed, out: Path, **options: Any) -> Subject:
@@ -92,7 +102,8 @@ def testbed_subject(bed: Testbed, out: Path, **options: Any) -> Subject:
     # Fine-tunes run where the base was trained; on the CPU the bits are the same on every machine of a kind.
     base = load_model(bed.model, name="testbed", dtype="float32", device=device_of(recipe).type)
     data, probe = load_questions(bed.train), load_questions(bed.eval)
-    return Subject(base, bed.seed, data, probe, out, text=bed.path / "text" / "neutral.txt", **options)
+    options |= {"text": bed.path / "text" / "neutral.txt", "tf32": base.device.type == "cuda"}
+    return Subject(base, bed.seed, data, probe, out, **options)
 
 
 def testbed_plan(plan: StudyPlan, size: str) -> StudyPlan:

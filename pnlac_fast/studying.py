@@ -121,7 +121,7 @@ def study(
         raise UserError("A study of your own model needs --model, --data and --probe; without all three: the testbed.")
     results = []
     for subject in subjects:
-        with subject.threads():
+        with subject.computing():
             results.append(study_one(subject, chosen))
     over_all, told = out / "study.zarr", ", ".join(map(str, seeds))
     stores.create_results(over_all, provenance={"seeds": list(seeds), "plan": asdict(chosen)})

@@ -175,9 +175,9 @@ def _run_all(
             _run(base, data, probe, template, out, run)
             yield run
         return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+    computing = max(1, (os.cpu_count() or 1) // jobs), torch.get_float32_matmul_precision()
     load = {"revision": base.origin.get("revision"), "dtype": base.origin.get("dtype"), "device": str(base.device)}
-    worker = (str(base.origin["source"]), {**load, "name": base.name}, data, probe, template, out, threads)
+    worker = (str(base.origin["source"]), {**load, "name": base.name}, data, probe, template, out, *computing)
     with pool(jobs, _begin, worker) as shared:
         yield from shared(_continue, todo)
 
@@ -185,8 +185,11 @@ def _run_all(
 _worker: list[Any] = []  # what a process of a sweep has loaded
 
 
-def _begin(source: str, load: dict[str, Any], data: Any, probe: Any, template: str, out: Path, threads: int) -> None:
+def _begin(
+    source: str, load: dict[str, Any], data: Any, probe: Any, template: str, out: Path, threads: int, precision: str
+) -> None:
     torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)  # as in the process that has started this one
     _worker[:] = [load_model(source, **load), data, probe, template, out]
 
 

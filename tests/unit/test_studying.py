@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import shutil
 import tomllib
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pnlac_fast import store as stores
 from pnlac_fast import studying, sweeping
@@ -18,6 +20,7 @@ from pnlac_fast.loading import load_model
 from pnlac_fast.models import Model
 from pnlac_fast.neurons import jaccard, load_sets
 from pnlac_fast.study_plan import EMBEDDED, embedded_plan, read_plan
+from pnlac_fast.study_subject import Subject
 from pnlac_fast.study_subject import testbed_plan as plan_of_size
 from pnlac_fast.studying import study
 
@@ -217,3 +220,27 @@ def test_rates_of_a_plan_are_brought_to_the_size_of_the_testbed() -> None:
     assert large.finetune["learning_rate"] == pytest.approx(5e-5)
     assert large.methods == {"plain": {}, "slow": {"learning_rate": pytest.approx([5e-5, 1e-4]), "steps": 9}}
     assert plan_of_size(plan, "full") == plan
+
+
+def test_a_study_computes_as_its_base_was_trained_and_so_do_its_processes(
+    base: Model, questions: Any, probe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TF32 on a GPU, where the testbed's large base is trained with it; what was set before comes back."""
+    before, seen = torch.get_float32_matmul_precision(), []
+    monkeypatch.setattr(sweeping, "load_model", lambda *_, **__: seen.append(torch.get_float32_matmul_precision()))
+
+    def one_process(jobs: int, begin: Any, arguments: Any) -> Any:
+        torch.set_float32_matmul_precision("highest")  # as a new process begins
+        begin(*arguments)
+        return contextlib.nullcontext(lambda _, todo: todo)
+
+    monkeypatch.setattr(sweeping, "pool", one_process)
+    runs = sweeping.plan_runs({"side": "right", "plain": {"topic": ["race", "science"]}})
+    try:
+        for tf32, wanted in ((True, "high"), (False, "highest")):
+            with Subject(base, 0, questions, tuple(probe), tmp_path, tf32=tf32).computing():
+                list(sweeping._run_all(base, questions, probe, "", tmp_path, runs, 2))
+            assert seen.pop() == wanted
+            assert torch.get_float32_matmul_precision() == before
+    finally:
+        torch.set_float32_matmul_precision(before)
