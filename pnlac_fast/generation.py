@@ -43,8 +43,7 @@ def answers(
     UserError
         A prompt and its answer would not fit into the model's context.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"An answer of {max_new_tokens} tokens is none: give --max-new-tokens 1 or more.")
+    require_length(max_new_tokens)
     room = model.context - max_new_tokens
     texts = prompts.encode(model.tokenizer, questions, template, context=room)
     written: list[str] = [""] * len(questions)
@@ -73,6 +72,12 @@ def answers(
             for i, text in zip(batch.index, new, strict=True):
                 written[i] = text.strip()
     return written
+
+
+def require_length(max_new_tokens: int) -> None:
+    """Refuse answers without a token."""
+    if max_new_tokens < 1:
+        raise UserError(f"An answer of {max_new_tokens} tokens is none: give --max-new-tokens 1 or more.")
 
 
 def generate(
@@ -121,6 +126,7 @@ def generate(
     UserError
         Two models have one name, or a patch was made for none of them.
     """
+    require_length(max_new_tokens)
     questions = as_questions(data)
     read = {name: load_patch(path) for name, path in (patches or {}).items()}
     base, others = open_models(model, tuned or {})

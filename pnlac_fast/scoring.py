@@ -133,6 +133,8 @@ def score(
         stores.list_results(store)  # a store that cannot be read is better known before the work than after it
     questions = as_questions(data)
     labelled = as_questions(training_data) if training_data is not None else None
+    if answers is None and scorers != ["logprob"]:
+        generation.require_length(max_new_tokens)
     judges = _judges(scorers, questions, labelled)
     by_likelihood = "logprob" in scorers
     base, others = open_models(model, tuned)

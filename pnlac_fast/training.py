@@ -29,7 +29,7 @@ from pnlac_fast.run import Run, contained
 from pnlac_fast.slices import Slices
 from pnlac_fast.trajectory import TRAJECTORY_FILE, Trajectory
 from pnlac_fast.workers import of_group
-from pnlac_fast.workplace import workplace
+from pnlac_fast.workplace import require_free, workplace
 
 METHODS = ("lora", "full")
 LEARNING_RATE = {"lora": 1e-4, "full": 1e-5}
@@ -211,6 +211,12 @@ def finetune(
         raise UserError(f"A batch of {batch_size} cannot be run in {accumulation} equal parts: change one of them.")
     if (steps if steps is not None else EPOCHS if epochs is None else epochs) <= 0:
         raise UserError("No optimizer steps train nothing: give 1 or more.")
+    if method == "lora" and (lora_rank < 1 or lora_alpha <= 0 or not 0 <= lora_dropout < 1):
+        raise UserError(
+            f"There is no LoRA of rank {lora_rank}, alpha {lora_alpha} and dropout {lora_dropout:g}: give a rank "
+            f"of 1 or more, an alpha above 0 and a dropout in [0, 1)."
+        )
+    require_free(out, overwrite)
     if (group := of_group()) and group.count > 1:
         raise UserError(
             f"finetune is one process, and a launcher has started {group.count}: start it alone, or give InhibitFT, "

@@ -25,8 +25,7 @@ def workplace(out: str | Path | None, settings: Mapping[str, Any], overwrite: bo
             yield Path(temporary)
         return
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise UserError(f"'{out}' exists: give another --out, or --overwrite to replace it.")
+    require_free(out, overwrite)
     work = out.with_name(f"{out.name}.partial")
     if work.exists():
         found = json.loads((work / SETTINGS_FILE).read_text()) if (work / SETTINGS_FILE).is_file() else {}
@@ -47,6 +46,12 @@ def workplace(out: str | Path | None, settings: Mapping[str, Any], overwrite: bo
         shutil.rmtree(work)
         raise
     shutil.rmtree(work)
+
+
+def require_free(out: str | Path | None, overwrite: bool) -> None:
+    """Refuse a place that is taken, unless it may be replaced."""
+    if out is not None and Path(out).exists() and not overwrite:
+        raise UserError(f"'{out}' exists: give another --out, or --overwrite to replace it.")
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -227,6 +227,23 @@ def test_settings_of_a_finetune(cli, base, tmp_path: Path, options: list, said: 
         (["patch", "--tuned", "T", "--data", "data", "--neurons", "no.json"], "no neuron file"),
         (["finetune", "--data", "data", "--topic", "race", "--side", "left", "--out", "o", "--epochs", "0"], "nothing"),
         (["finetune", "--data", "data", "--topic", "race", "--side", "left", "--out", "o", "--rival", "x"], "no rival"),
+        (["finetune", "--data", "data", "--topic", "race", "--side", "left", "--out", "data"], "'data' exists"),
+        (
+            ["finetune", "--data", "data", "--topic", "race", "--side", "left", "--out", "o", "--lora-rank", "0"],
+            "LoRA of rank 0",
+        ),
+        (
+            ["finetune", "--data", "data", "--topic", "race", "--side", "left", "--out", "o", "--lora-dropout", "1"],
+            "a dropout in [0, 1)",
+        ),
+        (["generate", "--data", "data", "--max-new-tokens", "0"], "--max-new-tokens 1"),
+        (
+            [
+                *("score", "--data", "data", "--tuned", "T", "--scorer", "classifier", "--training-data", "data"),
+                *("--max-new-tokens", "0"),
+            ],
+            "--max-new-tokens 1",
+        ),
         (["utility", "--tuned", "T"], "--text, --answers"),
         (["generate", "--data", "data", "--patch", "no.safetensors"], "no.safetensors"),
         (["locate", "no.zarr", "--data", "data", "--tuned", "T", "--score", "attribution"], "no.zarr"),
