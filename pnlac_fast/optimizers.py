@@ -11,6 +11,7 @@ what it is: schedulers, gradient accumulation, clipping, accelerate and checkpoi
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -117,6 +118,8 @@ class MaskedStep:
         self.masks = [StepMask(p, d, k.to(p.device, torch.float32).contiguous()) for p, d, k in masks]
         self.counts = [0] * len(masks)
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
+        # Moments and layouts at the last step, by the first parameter of their group.
+        self._fitting: dict[int, tuple[list[Tensor], list[tuple[Any, ...]]]] = {}
         self._steps: dict[int, tuple[Tensor, int, int]] = {}
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
@@ -161,6 +164,13 @@ class MaskedStep:
         exp_avg_sqs: list[Tensor] = []
         steps: list[Tensor] = []
         optimizer._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], steps)  # makes the state as torch does
+        # What autograd gives fits its parameter; so only parameters and states that are new, or otherwise laid out than
+        # at the step before, are looked at.
+        found = [*exp_avgs, *exp_avg_sqs], [(p.data_ptr(), p.dtype, p.shape, p.is_contiguous()) for p in params]
+        before = self._fitting.get(id(params[0]), ([], []))
+        same_state = len(found[0]) == len(before[0]) and all(map(operator.is_, found[0], before[0]))
+        checked = same_state and found[1] == before[1]
+        self._fitting[id(params[0])] = found
         counted = [self._step_of(id(p), step) for p, step in zip(params, steps, strict=True)]
         torch._foreach_add_(steps, 1)
         for p, tensor, count in zip(params, steps, counted, strict=True):
@@ -179,6 +189,7 @@ class MaskedStep:
                 eps=float(group["eps"]),
                 weight_decay=float(group["weight_decay"]),
                 step=count + 1,
+                checked=checked,
             )
 
     def _sgd(self, optimizer: Any, group: dict[str, Any]) -> None:

@@ -164,6 +164,28 @@ def test_loading_a_state_in_the_middle_is_noticed() -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, state: state.update(exp_avg=torch.zeros(3)), r"exp_avgs\[0\] must be"),
+        (lambda p, state: state.update(exp_avg_sq=torch.zeros_like(p).t().contiguous().t()), "must be contiguous"),
+        (lambda p, state: setattr(p, "data", p.data.t().contiguous().t()), "must be contiguous"),
+    ],
+)
+def test_what_no_longer_fits_after_some_steps_is_refused(change: Any, message: str) -> None:
+    ps = params()
+    optimizer = MAKERS["adamw"](ps)
+    mask_step(optimizer, masks(ps))
+    for step in range(3):
+        gradients(ps, step)
+        optimizer.step()
+    before = [p.detach().clone() for p in ps]
+    change(ps[0], optimizer.state[ps[0]])
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(ps, before, strict=True))
+
+
 def test_parameters_without_a_gradient_are_passed_over() -> None:
     ps = params()
     optimizer = MAKERS["adamw"](ps)
