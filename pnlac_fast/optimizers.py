@@ -23,6 +23,7 @@ from pnlac_fast.ops import masked_adamw, masked_sgd
 from pnlac_fast.ops.masked import DTYPES
 from pnlac_fast.profiling import staged
 
+Layout = tuple[int, torch.dtype, torch.Size, bool]  # address, dtype, shape, whether contiguous
 # Settings that the masked step does not know.
 UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
 
@@ -118,8 +119,8 @@ class MaskedStep:
         self.masks = [StepMask(p, d, k.to(p.device, torch.float32).contiguous()) for p, d, k in masks]
         self.counts = [0] * len(masks)
         self._hidden: list[tuple[nn.Parameter, Tensor]] = []
-        # Moments and layouts at the last step, by the first parameter of their group.
-        self._fitting: dict[int, tuple[list[Tensor], list[tuple[Any, ...]]]] = {}
+        # Layouts and moments that a step has taken, by the first parameter of their group.
+        self._fitting: dict[int, tuple[list[Layout], list[Tensor]]] = {}
         self._steps: dict[int, tuple[Tensor, int, int]] = {}
         self._hooks = [
             optimizer.register_step_pre_hook(self._before),
@@ -164,13 +165,10 @@ class MaskedStep:
         exp_avg_sqs: list[Tensor] = []
         steps: list[Tensor] = []
         optimizer._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], steps)  # makes the state as torch does
-        # What autograd gives fits its parameter; so only parameters and states that are new, or otherwise laid out than
-        # at the step before, are looked at.
-        found = [*exp_avgs, *exp_avg_sqs], [(p.data_ptr(), p.dtype, p.shape, p.is_contiguous()) for p in params]
-        before = self._fitting.get(id(params[0]), ([], []))
-        same_state = len(found[0]) == len(before[0]) and all(map(operator.is_, found[0], before[0]))
-        checked = same_state and found[1] == before[1]
-        self._fitting[id(params[0])] = found
+        layouts, moments = [_layout(p) for p in params], [*exp_avgs, *exp_avg_sqs]
+        known, state = self._fitting.get(id(params[0]), ([], []))
+        # Gradients fit their parameters, as autograd sees to.
+        checked = layouts == known and len(moments) == len(state) and all(map(operator.is_, moments, state))
         counted = [self._step_of(id(p), step) for p, step in zip(params, steps, strict=True)]
         torch._foreach_add_(steps, 1)
         for p, tensor, count in zip(params, steps, counted, strict=True):
@@ -191,6 +189,7 @@ class MaskedStep:
                 step=count + 1,
                 checked=checked,
             )
+        self._fitting[id(params[0])] = layouts, moments  # now that none was refused
 
     def _sgd(self, optimizer: Any, group: dict[str, Any]) -> None:
         params: list[Tensor] = []
@@ -241,6 +240,10 @@ def _overflowed(optimizer: Any) -> bool:
 def _unscale(optimizer: Any, params: list[Any]) -> None:
     if (scale := getattr(optimizer, "grad_scale", None)) is not None:
         torch._foreach_div_([p.grad for p in params], scale)
+
+
+def _layout(parameter: Tensor) -> Layout:
+    return parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.is_contiguous()
 
 
 def _alike(keys: list[tuple[Any, Any]]) -> dict[tuple[Any, Any], list[int]]:

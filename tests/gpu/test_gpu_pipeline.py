@@ -14,6 +14,7 @@ import pytest
 import torch
 import xarray as xr
 
+from pnlac_fast import anchoring
 from pnlac_fast.benchmarking.mixture_step import make_mixture
 from pnlac_fast.benchmarking.workloads import make_workload
 from pnlac_fast.caching import cache
@@ -34,6 +35,13 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 # Where, and by which engine.
 PLACES = {"cpu": ("cpu", "torch"), "gpu": (DEVICE, "triton")}
 FROZEN = {0: [1, 5, 40], 2: [0, 47]}
+
+
+def chosen() -> NeuronSet:
+    member = np.zeros((3, 48), bool)
+    for layer, neurons in FROZEN.items():
+        member[layer, neurons] = True
+    return NeuronSet("some", "general", member)
 
 
 def contrasts(paths: dict[str, Path], kind: str, place: str, questions: tuple[Question, ...], out: Path) -> xr.Dataset:
@@ -66,15 +74,10 @@ def test_statistics_and_neurons_are_those_of_the_cpu(
 def test_a_fine_tune_freezes_the_same_neurons_and_ends_where_the_cpu_does(
     method: str, model_paths: dict[str, Path], questions: tuple[Question, ...]
 ) -> None:
-    member = np.zeros((3, 48), bool)
-    for layer, neurons in FROZEN.items():
-        member[layer, neurons] = True
     ends = []
     for device, _ in PLACES.values():
         base = load_model(model_paths["llama"], dtype="float32", device=device)
-        made = finetune(
-            base, questions, "race", "right", method=method, steps=4, inhibit=NeuronSet("some", "general", member)
-        )
+        made = finetune(base, questions, "race", "right", method=method, steps=4, inhibit=chosen())
         ends.append({name: p.detach().cpu() for name, p in made.model.hf.named_parameters()})
         if method == "full":
             for layer, neurons in FROZEN.items():
@@ -86,13 +89,12 @@ def test_a_fine_tune_freezes_the_same_neurons_and_ends_where_the_cpu_does(
     same(*ends)
 
 
-@pytest.mark.parametrize("mode", ["anchor", "kl", "specific", "specific,nullspace"])
+@pytest.mark.parametrize("mode", ["anchor", "anchor from the host", "kl", "specific", "specific,nullspace"])
 def test_every_other_mode_ends_where_the_cpu_does(
-    mode: str, model_paths: dict[str, Path], questions: tuple[Question, ...]
+    mode: str, model_paths: dict[str, Path], questions: tuple[Question, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    member = np.zeros((3, 48), bool)
-    for layer, neurons in FROZEN.items():
-        member[layer, neurons] = True
+    if mode == "anchor from the host":
+        monkeypatch.setattr(anchoring, "ON_DEVICE", 0)
     moved = []
     for device, _ in PLACES.values():
         base = load_model(model_paths["llama"], dtype="float32", device=device)
@@ -103,8 +105,8 @@ def test_every_other_mode_ends_where_the_cpu_does(
             "right",
             method="full",
             steps=4,
-            inhibit=None if mode == "kl" else NeuronSet("some", "general", member),
-            inhibit_mode=mode,
+            inhibit=None if mode == "kl" else chosen(),
+            inhibit_mode=mode.split()[0],
             other_texts="prompts",  # answers are sampled, and other devices draw others
         )
         pairs = zip(made.model.hf.parameters(), base.hf.parameters(), strict=True)

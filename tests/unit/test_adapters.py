@@ -108,6 +108,28 @@ def test_each_kind_alone_and_all_at_once(model_paths, stored) -> None:
     assert extra == 3 * (48 + 16)  # one factor for each input of down and output of v: nothing else is copied
 
 
+def test_an_adapter_with_other_targets_is_switched_too(model_paths, tmp_path: Path) -> None:
+    """Also one that comes when others have been in use, on layers that had none until then."""
+    base = load_model(model_paths["qwen2"])
+    before = logits(base)
+    for number, target in enumerate(("q_proj", "up_proj")):
+        peft: Any = get_peft_model(load_model(model_paths["qwen2"]).hf, LoraConfig(r=3, target_modules=[target]))
+        draw = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for name, parameter in peft.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(0, 0.1, generator=draw)
+        wanted = peft.eval()(input_ids=IDS).logits.detach()
+        with tolerant():
+            peft.save_pretrained(tmp_path / target)
+            tuned = load_tuned(base, tmp_path / target, name=target)
+        for _ in range(2):
+            assert torch.equal(logits(tuned), wanted)
+            assert torch.equal(logits(base), before)
+        assert not torch.allclose(wanted, before, atol=1e-3)
+        assert not any(p.requires_grad for p in base.hf.parameters())
+
+
 def test_patches_reach_a_copy_that_an_adapter_brings(model_paths, stored) -> None:
     base = load_model(model_paths["qwen2"])
     with tolerant():

@@ -181,8 +181,9 @@ def test_what_no_longer_fits_after_some_steps_is_refused(change: Any, message: s
         optimizer.step()
     before = [p.detach().clone() for p in ps]
     change(ps[0], optimizer.state[ps[0]])
-    with pytest.raises(RuntimeError, match=message):
-        optimizer.step()
+    for _ in range(2):  # what was refused once is no better the second time
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
     assert all(torch.equal(p, old) for p, old in zip(ps, before, strict=True))
 
 
