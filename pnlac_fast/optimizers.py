@@ -23,7 +23,7 @@ from pnlac_fast.ops import masked_adamw, masked_sgd
 from pnlac_fast.ops.masked import DTYPES
 from pnlac_fast.profiling import staged
 
-Layout = tuple[int, torch.dtype, torch.Size, bool]  # address, dtype, shape, whether contiguous
+Layout = tuple[int, torch.dtype, torch.dtype, torch.Size, bool]  # address, dtypes, shape, whether contiguous
 # Settings that the masked step does not know.
 UNSUPPORTED = ("amsgrad", "maximize", "capturable", "differentiable")
 
@@ -165,9 +165,9 @@ class MaskedStep:
         exp_avg_sqs: list[Tensor] = []
         steps: list[Tensor] = []
         optimizer._init_group(group, params, grads, exp_avgs, exp_avg_sqs, [], steps)  # makes the state as torch does
-        layouts, moments = [_layout(p) for p in params], [*exp_avgs, *exp_avg_sqs]
+        layouts, moments = [*map(_layout, params, grads)], [*exp_avgs, *exp_avg_sqs]
         known, state = self._fitting.get(id(params[0]), ([], []))
-        # Gradients fit their parameters, as autograd sees to.
+        # Shape and device of gradients are their parameters', as autograd sees to.
         checked = layouts == known and len(moments) == len(state) and all(map(operator.is_, moments, state))
         counted = [self._step_of(id(p), step) for p, step in zip(params, steps, strict=True)]
         torch._foreach_add_(steps, 1)
@@ -242,8 +242,9 @@ def _unscale(optimizer: Any, params: list[Any]) -> None:
         torch._foreach_div_([p.grad for p in params], scale)
 
 
-def _layout(parameter: Tensor) -> Layout:
-    return parameter.data_ptr(), parameter.dtype, parameter.shape, parameter.is_contiguous()
+def _layout(parameter: Tensor, gradient: Tensor) -> Layout:
+    shape, whole = parameter.shape, parameter.is_contiguous()
+    return parameter.data_ptr(), parameter.dtype, gradient.dtype, shape, whole
 
 
 def _alike(keys: list[tuple[Any, Any]]) -> dict[tuple[Any, Any], list[int]]:
