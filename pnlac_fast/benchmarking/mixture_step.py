@@ -74,7 +74,7 @@ def check(hf: Any, neurons: NeuronSet, batch: Mapping[str, Tensor]) -> None:
             cosine = torch.cosine_similarity(
                 expected.flatten().double(), gradients[f"{module}.slice_{last}"].flatten().double(), 0
             )
-            if not cosine > 0.999:  # clipping scales them differently
+            if not cosine > (0.999 if hf.dtype == torch.float32 else 0.99):  # clipping scales them differently
                 raise RuntimeError(f"The slice of {name} has another gradient than the full step ({cosine:.4f}).")
             if not place.take(moved).any():
                 raise RuntimeError(f"The slice of {name} does not train.")
@@ -92,7 +92,7 @@ def measure(
     -------
     dict
         ``slices_vs_full``: ratio of seconds within a round; ``bytes_slices_vs_full``: of gradients and optimizer state;
-        ``shape``, ``tokens``, ``experts``, ``share``.
+        ``shape``, ``dtype``, ``tokens``, ``experts``, ``share``.
 
     Raises
     ------
@@ -107,6 +107,7 @@ def measure(
     seconds = interleaved(steps, repeats, hf.device)
     return {
         "shape": shape,
+        "dtype": str(hf.dtype).removeprefix("torch."),
         "tokens": batch["input_ids"].numel(),
         "experts": EXPERTS,
         "share": share,

@@ -60,7 +60,7 @@ def bench(
         Widths of the model to localise in, names in :data:`pnlac_fast.benchmarking.workloads.SHAPES`. Its weights are
         random, nothing is downloaded.
     device, dtype
-        "auto" is CUDA where there is one; float32 on the CPU and bfloat16 on CUDA.
+        "auto" is CUDA where there is one; float32 on the CPU and for training, else bfloat16 on CUDA.
     threads
         Threads of torch on the CPU.
     repeats

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pnlac_fast.benchmarking import training_step
+from pnlac_fast.benchmarking import mixture_step, training_step
 from pnlac_fast.benchmarking.training_step import WAYS, check, make_setting, measure, prepare
 from pnlac_fast.errors import UserError
 
@@ -52,6 +52,16 @@ def test_slices_are_checked_against_the_full_step(monkeypatch: pytest.MonkeyPatc
         patch.setitem(training_step.WAYS, "slices", still)
         with pytest.raises(RuntimeError, match="has another gradient"):
             check(*setting)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_what_is_right_passes_in_any_precision(dtype: str) -> None:
+    """In bfloat16 a step rounds to nothing in what is near 1, and along every direction of a null space."""
+    setting = make_setting("test", device="cpu", dtype=dtype)
+    assert setting[0].dtype == (torch.float32 if dtype == "auto" else torch.bfloat16)
+    for right in (check, training_step.check_freeze, training_step.check_anchor, training_step.check_null_space):
+        right(*setting)
+    mixture_step.check(*mixture_step.make_mixture("test", device="cpu", dtype=dtype))
 
 
 def test_the_null_space_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
