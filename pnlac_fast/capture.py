@@ -53,6 +53,25 @@ class Sums:
 
 
 @dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of an activation, int64.
+
+    Attributes
+    ----------
+    counted
+        [selected]: what the selectors count, one after another; a row that stands for several texts is there as often.
+    kept
+        [raw]: those that are stored raw.
+    of_batch
+        [row]: where each row of the batch is, -1 for one that does not count.
+    """
+
+    counted: Tensor
+    kept: Tensor
+    of_batch: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Selection:
     """Which rows of a batch count, on the device of the model.
 
@@ -60,26 +79,26 @@ class Selection:
     ----------
     take
         int64 [kept], ascending: the rows that are read at all.
-    rows, offsets
-        int64 [selected] and [tokens + 1]: what each selector counts, as indices into ``take``; one that stands for
-        several texts is there as often.
-    keep
-        int64 [raw]: the rows that are stored raw, as indices into ``take``.
+    short, whole
+        The same rows in an activation of those taken, and in one of all rows of the batch.
+    offsets
+        int64 [tokens + 1]: where in ``Rows.counted`` each selector begins and ends.
     pool
-        int64 [mean]: how many of these each stored row is the mean of; None where each is stored itself.
+        int64 [mean]: how many of ``Rows.kept`` each stored row is the mean of; None where each is stored itself.
     counts
         float32 [tokens, row]: how often each row of the batch counts; None where few rows do.
-    place
-        int64 [row]: index into ``take``, -1 for a row that does not count.
     """
 
     take: Tensor
-    rows: Tensor
+    short: Rows
+    whole: Rows
     offsets: Tensor
-    keep: Tensor
     pool: Tensor | None
     counts: Tensor | None
-    place: Tensor
+
+    def of(self, activation: Tensor) -> Rows:
+        """Those of an activation that has the rows taken, or all."""
+        return self.short if len(activation) == len(self.take) else self.whole
 
 
 def accumulate(
@@ -152,7 +171,7 @@ def accumulate(
                 _store(kept, name, streams, keep)
             if keep.tokens != "none":
                 of_base = {
-                    (site, layer): _kept(a, _base_rows(a, selection), selection)
+                    (site, layer): _kept(a, selection)
                     for (site, layer), a in reference.items()
                     if keep.reads(site, layer)
                 }
@@ -189,24 +208,28 @@ def _select(
     pooled: Sequence[int] | None,
     device: torch.device,
 ) -> Selection:
-    """What the selectors count and what is stored raw, both as rows of the batch."""
-    take = sorted({*raw, *(row for group in flat for row in group)})
+    """Where what the selectors count and what is stored raw, both given as rows of the batch, is in activations."""
+    take = torch.tensor(sorted({*raw, *(row for group in flat for row in group)}), dtype=torch.int64)
     place = torch.full((batch.ids.numel(),), -1, dtype=torch.int64)
     place[take] = torch.arange(len(take))
-    rows = torch.tensor([row for group in flat for row in group], dtype=torch.int64)
+    counted = torch.tensor([row for group in flat for row in group], dtype=torch.int64)
+    kept = torch.tensor(raw, dtype=torch.int64)
     lengths = torch.tensor([len(group) for group in flat])
     counts = None
     if len(take) >= DENSE * len(place):
         counts = torch.zeros(len(flat), len(place))
-        counts.index_put_((torch.arange(len(flat)).repeat_interleave(lengths), rows), torch.ones(1), accumulate=True)
+        counts.index_put_((torch.arange(len(flat)).repeat_interleave(lengths), counted), torch.ones(1), accumulate=True)
         counts = counts.to(device)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-    keep = place[torch.tensor(raw, dtype=torch.int64)]
-    kept, rows, offsets, keep, place = (
-        t.to(device) for t in (torch.tensor(take, dtype=torch.int64), place[rows], offsets, keep, place)
+    whole = torch.where(place < 0, -1, torch.arange(len(place)))
+    return Selection(
+        take.to(device),
+        Rows(place[counted].to(device), place[kept].to(device), place.to(device)),
+        Rows(counted.to(device), kept.to(device), whole.to(device)),
+        offsets.to(device),
+        None if pooled is None else torch.tensor(pooled, dtype=torch.int64, device=device),
+        counts,
     )
-    pool = None if pooled is None else torch.tensor(pooled, dtype=torch.int64, device=device)
-    return Selection(kept, rows, offsets, keep, pool, counts, place)
 
 
 def _read(
@@ -216,7 +239,7 @@ def _read(
     # All layers in one block of memory: one for each, between what comes and goes in a pass, would leave gaps that the
     # next pass, of another size, cannot use.
     shape = (len(model.blocks), len(selection.take))
-    few = len(selection.take) < MOST * len(selection.place)
+    few = len(selection.take) < MOST * batch.ids.numel()
     blocks: dict[str, Tensor] = {}
     seen: dict[tuple[str, int], Tensor] = {}
 
@@ -234,13 +257,6 @@ def _read(
     return seen
 
 
-def _base_rows(activation: Tensor, selection: Selection) -> Tensor:
-    """int64 [kept]: where the taken rows are in an activation that :func:`_read` gave."""
-    if len(activation) == len(selection.take):
-        return torch.arange(len(selection.take), device=activation.device)
-    return selection.take
-
-
 def _contrast(
     model: Model,
     batch: Batch | Pack,
@@ -254,20 +270,20 @@ def _contrast(
 ) -> dict[tuple[str, int], Tensor]:
     """Add what one pass contrasts with ``reference`` to ``sums`` [layer, tokens, 5, neuron]; the raw rows, if kept."""
     kept: dict[tuple[str, int], Tensor] = {}
-    counts, all_taken = selection.counts, torch.arange(len(selection.take), device=selection.take.device)
+    counts = selection.counts
     dense = counts is not None and "fuse" in shortcuts and "mlp_mid" in sites
 
     @staged("contrast")
     def middle(layer: int, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         assert counts is not None
-        whole = len(gate) == len(selection.place)
+        whole = len(gate) == counts.shape[1]
         base = reference["mlp_mid", layer]
-        place = selection.place if whole else all_taken
+        of_batch = selection.of(base).of_batch
         return ops.swiglu_contrast(
             gate,
             up,
             base,
-            torch.where(place < 0, place, _base_rows(base, selection)[place]),
+            of_batch if whole else of_batch[selection.take],
             counts if whole else counts[:, selection.take],
             sums["mlp_mid"][layer],
             activation,
@@ -276,27 +292,27 @@ def _contrast(
 
     @staged("contrast")
     def visit(site: str, layer: int, activation: Tensor, taken: bool) -> None:
-        activation, rows = model.part.cut(activation, model.width(site)), all_taken if taken else selection.take
+        activation, base = model.part.cut(activation, model.width(site)), reference[site, layer]
         if not (dense and site == "mlp_mid"):
             ops.contrast(
-                reference[site, layer],
+                base,
                 activation,
-                rows[selection.rows],
+                selection.of(activation).counted,
                 selection.offsets,
                 sums[site][layer],
-                base_rows=_base_rows(reference[site, layer], selection)[selection.rows],
+                base_rows=selection.of(base).counted,
                 engine=engine,
             )
         if keep.reads(site, layer):
-            kept[site, layer] = _kept(activation, rows, selection)
+            kept[site, layer] = _kept(activation, selection)
 
     run(model, batch, sites, visit, take=selection.take, middle=middle if dense else None, shortcuts=shortcuts)
     return kept
 
 
-def _kept(activation: Tensor, rows: Tensor, selection: Selection) -> Tensor:
-    """The rows to store of an activation in which ``rows`` are those taken, [row, neuron]."""
-    read = activation[rows[selection.keep]]
+def _kept(activation: Tensor, selection: Selection) -> Tensor:
+    """The rows of an activation to store, [row, neuron]."""
+    read = activation[selection.of(activation).kept]
     if selection.pool is None:
         return read
     return torch.segment_reduce(read.float(), "mean", lengths=selection.pool)

@@ -20,7 +20,7 @@ from pnlac_fast.prompts import Batch
 SHORTCUTS = {
     "share": "compute what texts have in common at the front once",
     "pack": "run texts as one row without padding",
-    "fuse": "compute the product in the middle of an MLP, and its sums, in one pass (on a GPU)",
+    "fuse": "compute the product in the middle of an MLP, and its sums, in one pass (on a GPU, by Triton)",
     "stop": "compute nothing behind the last site, nor rows there that are not read",
     "base": "run the base model once for all tuned models",
     "overlap": "write one unit while the next is computed",
@@ -121,7 +121,7 @@ def unusable(model: Model, shortcuts: Collection[str], *, longest: int, engine: 
     longest
         Tokens of the longest text.
     engine
-        Engine of the sums; only "auto" and "triton" fuse.
+        Engine of the sums, which decides whether fusing saves anything: :func:`pnlac_fast.ops.fuses`.
     """
     reasons: dict[str, str] = {}
     chunk = getattr(model.hf.config.get_text_config(), "attention_chunk_size", None)

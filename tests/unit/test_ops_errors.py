@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pnlac_fast.errors import UserError
-from pnlac_fast.ops import contrast, dispatch, engines
+from pnlac_fast.ops import contrast, dispatch, engines, fuses
 
 needs_library = pytest.mark.skipif(engines()["cpp"] != "available", reason=f"no compiled library: {engines()['cpp']}")
 
@@ -96,6 +96,18 @@ def test_an_unavailable_engine_is_refused_by_name_only(monkeypatch: pytest.Monke
     contrast(**GOOD, sums=sums(2, 4), engine="torch")
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("engine", ["auto", "triton", "cuda", "torch"])
+def test_the_mlp_is_fused_where_triton_has_the_sums(
+    monkeypatch: pytest.MonkeyPatch, engine: str, compiled: bool
+) -> None:
+    for name, here in {"triton": True, "cuda": compiled}.items():
+        monkeypatch.setitem(dispatch._ENGINES, name, "available" if here else "the package was installed without nvcc")
+    assert fuses(torch.device("cuda"), engine) == (engine == "triton" or (engine == "auto" and not compiled))
+    assert not fuses(torch.device("cpu"), engine)
+    assert not fuses(torch.device("meta"), engine)
+
+
 def test_without_the_library_the_operation_is_the_reference(tmp_path: Path) -> None:
     """In a fresh process whose library is missing, "auto" gives the reference's bits and warns once."""
     script = """
@@ -103,7 +115,7 @@ import pathlib, warnings
 import torch
 real = pathlib.Path.exists
 pathlib.Path.exists = lambda path: path.name != "_C.abi3.so" and real(path)
-from pnlac_fast.ops import contrast, dispatch, engines
+from pnlac_fast.ops import contrast, dispatch, engines, fuses
 assert "C++ compiler" in engines()["cpp"], engines()
 x = torch.arange(12.0).reshape(4, 3)
 sums = torch.zeros(2, 1, 5, 3, dtype=torch.float64)
