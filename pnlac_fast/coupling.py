@@ -222,6 +222,23 @@ def difference(method: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.concatenate([estimate, np.where(np.isnan(estimate[0]), np.nan, p)[None]])
 
 
+def defined(draws: np.ndarray) -> np.ndarray:
+    """Return whether a figure exists by its estimate and in at least half of the resamples (ours).
+
+    Parameters
+    ----------
+    draws
+        [draw, ...], in any unit, whose draw 0 is the estimate; NaN where there is no figure.
+
+    Returns
+    -------
+    numpy.ndarray
+        bool [...]: there is the estimate, and the figure in a share of 0.5 of the resamples or more.
+    """
+    known = np.isfinite(draws)
+    return np.asarray(known[0] & (known[1:].mean(0) >= 0.5))
+
+
 def interval(draws: np.ndarray, level: float = 0.95) -> np.ndarray:
     """Return estimate, lower and upper bound, [3, ...], of ``draws`` [draw, ...] whose draw 0 is the estimate.
 
@@ -229,9 +246,7 @@ def interval(draws: np.ndarray, level: float = 0.95) -> np.ndarray:
     ``level`` is the share of the resamples between the bounds. Resamples in which the figure does not exist (a run that
     never reached the shift) are left out; where it exists in under half of them, or not at draw 0, all three are NaN.
     """
-    samples = draws[1:]
-    defined = np.isfinite(samples)
-    enough = np.isfinite(draws[0]) & (defined.mean(0) >= 0.5)
+    samples, enough = draws[1:], defined(draws)
     tail = 100 * (1 - level) / 2
     filled = np.where(enough, samples, 0.0)
     low, high = np.nanpercentile(filled, [tail, 100 - tail], axis=0)

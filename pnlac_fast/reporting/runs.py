@@ -32,8 +32,11 @@ class Compared:
 
     @property
     def reached(self) -> bool:
-        """Whether there is a reduction: a run may end before the shift to compare at, and plain may couple nothing."""
-        return bool(np.isfinite(self.reduction[0]))
+        """Whether there is a reduction: a run may end before the shift to compare at, and plain may couple nothing.
+
+        One that gets there by its estimate, but not in most resamples of its questions, is not shown to have.
+        """
+        return bool(coupling.defined(self.reduction))
 
 
 def compared(training: xr.Dataset, boots: int, seed: int) -> tuple[list[Compared], list[PathPoint]]:

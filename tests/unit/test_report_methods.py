@@ -21,9 +21,11 @@ from pnlac_fast.reporting.contents import Contents
 from pnlac_fast.reporting.costs import cost_sentences, costs, tuning_costs
 from pnlac_fast.reporting.doses import dose_groups, dose_sentence
 from pnlac_fast.reporting.drift import drift, drift_rows, drift_sentences
+from pnlac_fast.reporting.each_run import run_rows, run_sentence
 from pnlac_fast.reporting.method_shifts import method_shifts
 from pnlac_fast.reporting.pareto import front, left, pareto
 from pnlac_fast.reporting.rows import Estimate
+from pnlac_fast.reporting.runs import EQUAL_SHIFT, Compared
 
 
 def test_the_front_has_what_nothing_else_beats_in_both() -> None:
@@ -168,3 +170,20 @@ def test_costs_are_medians_over_runs_and_a_step_is_held_against_that_of_plain() 
         ["The store", *["\u2013"] * 3, "4.2\u00a0MB"],
     ]
     assert not costs(Contents("s", {"bytes": 1})).shown
+
+
+def test_a_shift_that_most_resamples_do_not_reach_is_not_reached() -> None:
+    """By its estimate a run may just get there; the table of methods and that of runs then say the same of it."""
+    runs = [
+        Compared("anchor_5", comparison, topic, 0, -1, 0.05, coupling=figures, reduction=figures, retention=np.ones(5))
+        for topic, figures in (
+            ("race", np.array([0.8, 0.7, 0.9, np.nan, np.nan])),
+            ("science", np.array([0.1, 0.2, np.nan, np.nan, np.nan])),
+        )
+        for comparison in EQUAL_SHIFT
+    ]
+    assert [one.reached for one in runs] == [True, True, False, False]
+    (row, _), rows = tables.over_methods(runs, 0), run_rows(runs)
+    assert (row.reached, row.runs, row.reduction.value) == (1, 2, 0.8)
+    assert math.isnan(rows[1].reduction.value)
+    assert "80\u00a0% to 80\u00a0%, on 1 of 2 runs that reached it" in run_sentence(rows).replace(" (Race)", "")
