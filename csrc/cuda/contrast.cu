@@ -44,15 +44,16 @@ struct Work {
   int64_t columns;  // blocks of neurons
 };
 
-// The values of a listed row, or NaN where it does not exist.
-template <typename T, int kWide>
-__device__ inline Vector<T, kWide> read(const void* from, int64_t stride, int64_t row, int64_t count, int64_t column) {
-  if (row >= 0 && row < count)
-    return *reinterpret_cast<const Vector<T, kWide>*>(static_cast<const T*>(from) + row * stride + column);
-  Vector<T, kWide> none;
-#pragma unroll
-  for (int i = 0; i < kWide; ++i) none.values[i] = static_cast<T>(nanf(""));
-  return none;
+// What is read in place of a row that is not there: zeros behind the end of a piece, and for one that does not exist a NaN
+// of any type, all bits set.
+__device__ const uint4 kInstead[2] = {{0, 0, 0, 0}, {~0u, ~0u, ~0u, ~0u}};
+
+// Where the values of a listed row are. A choice between addresses, since one whether to read would be a branch, and the
+// compiler moves no read across it: the rows of a turn would wait for each other, each for its number and then its values.
+template <typename T>
+__device__ inline const T* find(const void* from, int64_t stride, int64_t row, int64_t count, int64_t column, bool live) {
+  if (row >= 0 && row < count) return static_cast<const T*>(from) + row * stride + column;
+  return reinterpret_cast<const T*>(kInstead + live);
 }
 
 // How many of the ascending offsets are below (or, with kOrEqual, at or below) a limit.
@@ -91,18 +92,26 @@ __global__ __launch_bounds__(kThreads, 2) void partial(ContrastParams p, Extent 
       const int64_t to = min(from + span, end);
       Sum sums[kSums][kWide] = {};
       if (inside) {
+        const T *base[kUnroll], *tuned[kUnroll];  // of the next turn
+        const auto find_rows = [&](int64_t at) {
+#pragma unroll
+          for (int u = 0; u < kUnroll; ++u) {
+            const int64_t place = at + u * kLanesY;
+            const bool live = place < to;
+            const int64_t base_row = live ? p.base_rows[place] : -1, row = live ? p.rows[place] : -1;
+            base[u] = find<T>(p.base, p.base_row_stride, base_row, extent.base_rows, column, live);
+            tuned[u] = find<T>(p.tuned, p.tuned_row_stride, row, extent.tuned_rows, column, live);
+          }
+        };
+        find_rows(from + threadIdx.y);
         for (int64_t at = from + threadIdx.y; at < to; at += kLanesY * kUnroll) {
           Vector<T, kWide> a[kUnroll], b[kUnroll];
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u) {
-            const int64_t place = at + u * kLanesY;
-            if (place < to) {
-              a[u] = read<T, kWide>(p.base, p.base_row_stride, p.base_rows[place], extent.base_rows, column);
-              b[u] = read<T, kWide>(p.tuned, p.tuned_row_stride, p.rows[place], extent.tuned_rows, column);
-            } else {
-              a[u] = b[u] = {};
-            }
+            a[u] = *reinterpret_cast<const Vector<T, kWide>*>(base[u]);
+            b[u] = *reinterpret_cast<const Vector<T, kWide>*>(tuned[u]);
           }
+          find_rows(at + kLanesY * kUnroll);
 #pragma unroll
           for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
@@ -201,8 +210,8 @@ const char* contrast(const ContrastParams& p, const Extent& extent, DType dtype,
   if (error == cudaSuccess) error = cudaSetDevice(device);
   if (error != cudaSuccess) return cudaGetErrorString(error);
   switch (dtype) {
-    case DType::kFloat32: launch<float, 4>(p, extent, work, wide, scratch, queue); break;
-    case DType::kFloat64: launch<double, 4>(p, extent, work, wide, scratch, queue); break;
+    case DType::kFloat32: launch<float, 2>(p, extent, work, wide, scratch, queue); break;
+    case DType::kFloat64: launch<double, 2>(p, extent, work, wide, scratch, queue); break;
     case DType::kFloat16: launch<__half, 1>(p, extent, work, wide, scratch, queue); break;
     case DType::kBFloat16: launch<__nv_bfloat16, 2>(p, extent, work, wide, scratch, queue); break;
   }
