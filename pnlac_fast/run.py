@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
@@ -185,7 +186,12 @@ def _with_lora(hf: Any, settings: Mapping[str, Any], seed: int) -> Any:
             warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
             return get_peft_model(hf, LoraConfig(task_type="CAUSAL_LM", **settings))
     except ValueError as error:
-        raise UserError(f"LoRA cannot be put on this model: {str(error).splitlines()[0]}") from error
+        linear = {name.rpartition(".")[2] for name, m in hf.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+        what = str(error).splitlines()[0].rstrip(".")
+        raise UserError(
+            f"LoRA cannot be put on this model: {what}. Several modules are a list of names; its linear ones are "
+            f"{', '.join(sorted(linear))}."
+        ) from error
 
 
 @contextmanager

@@ -122,7 +122,8 @@ def fuses(device: torch.device, engine: str = "auto") -> bool:
     on the CPU: there a whole capture took 1.030 of the bare passes with it and 1.027 without (hidden 2048, float32, one
     thread, medians of five), since a row is still in cache when the sums come to it. Nor beside the kernel for CUDA: on
     an H100 1.13 [1.11, 1.28] with it and 1.00 [0.99, 1.10] without (shape of an 8B model with LoRAs, bfloat16, passes
-    of about 900 tokens, medians of three). Such passes wait for the host, and to launch Triton takes it longer.
+    of about 900 tokens, medians of three). So small a pass is likely to wait for the host, which a launch of Triton
+    keeps longer; larger ones have not been measured.
     """
     usable = [e for e in PREFERRED.get(device.type, ()) if engines()[e] == "available"]
     return engine in ("auto", "triton") and "triton" in (usable[:1] if engine == "auto" else usable)

@@ -124,7 +124,7 @@ ONE_SIDED = (*questions(), Question("race", "w39", (), ("w1",)))
         ({"epochs": 2}, "Both steps and epochs"),
         ({"steps": 0}, "give 1 or more"),
         ({"batch_size": 6, "accumulation": 4}, "equal parts"),
-        ({"method": "lora", "target_modules": ["query"]}, "LoRA cannot be put on this model"),
+        ({"method": "lora", "target_modules": ["query"]}, "'query'.* not found .* ones are down_proj, gate_proj"),
         ({"method": "lora", "target_modules": ["q_proj", "v_proj"], "inhibit": chosen()}, "leaves nothing to inhibit"),
         ({"learning_rate": 1e30, "max_grad_norm": 0.0}, "lower the learning rate"),
     ],
