@@ -112,7 +112,7 @@ def draw_method_shifts(cells: Sequence[MethodShift], names: Sequence[str], width
                 x, y = probes.index(topic), tuned.index(topic)
                 axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=style.INK, linewidth=1.2))
             label = style.method_label(name) if field == "shift" else "minus plain"
-            axes.set_title(style.wrapped(label, 60 if wide else 28), fontsize=8.5 if wide else 7.5, pad=4)
+            axes.set_title(style.wrapped(label, 44 if wide else 22), fontsize=8.5 if wide else 7.5, pad=4)
             axes.set_xticks(range(len(probes)), [style.pretty(p) for p in probes], rotation=90, fontsize=8)
             axes.set_yticks(range(len(tuned)), [style.wrapped(t, 22 if wide else 12) for t in tuned], fontsize=8)
     bar = figure.colorbar(image, ax=grid, location="bottom", aspect=40, pad=0.01, shrink=0.7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from made_up_results import (
     stance_result,
     training_result,
 )
+from matplotlib.text import Text
 
 from pnlac_fast.reporting import style, tables
 from pnlac_fast.reporting.contents import Contents
@@ -22,7 +24,7 @@ from pnlac_fast.reporting.costs import cost_sentences, costs, tuning_costs
 from pnlac_fast.reporting.doses import dose_groups, dose_sentence
 from pnlac_fast.reporting.drift import drift, drift_rows, drift_sentences
 from pnlac_fast.reporting.each_run import run_rows, run_sentence
-from pnlac_fast.reporting.method_shifts import method_shifts
+from pnlac_fast.reporting.method_shifts import MethodShift, draw_method_shifts, method_shifts
 from pnlac_fast.reporting.pareto import front, left, pareto
 from pnlac_fast.reporting.rows import Estimate
 from pnlac_fast.reporting.runs import EQUAL_SHIFT, Compared
@@ -102,6 +104,20 @@ def held_still(share: float) -> Contents:
         TOPICS[1]: {"method": "anchor", "tuned_topic": "race"},
     }
     return Contents("s", {"provenance": {"tuned": tuned}}, contrast.assign(rms=rms), sets)
+
+
+@pytest.mark.parametrize("width", [style.WIDE, style.NARROW])
+def test_titles_of_method_shifts_keep_to_their_own_column(width: float) -> None:
+    names = ["plain", "specific_unseen+nullspace+kl_seen", "caft_seen"]  # the longest of a study
+    one = Estimate(1.0, 0.5, 1.5)
+    cells = [MethodShift(m, tuned, probe, one, one) for m in names for tuned in TOPICS for probe in TOPICS]
+    figure = draw_method_shifts(cells, names, width, "nats")
+    figure.draw_without_rendering()
+    written = [t for t in figure.findobj(Text) if re.search("(?i)plain|seen", t.get_text())]
+    titles = [t.get_window_extent() for t in written]
+    assert len(titles) == 5
+    assert not any(a.overlaps(b) for i, a in enumerate(titles) for b in titles[:i])
+    assert all(title.x1 <= figure.bbox.x1 for title in titles)
 
 
 def test_drift_is_the_change_of_held_neurons_over_that_in_plain_tuning() -> None:
