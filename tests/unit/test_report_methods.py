@@ -111,10 +111,11 @@ def test_titles_of_method_shifts_keep_to_their_own_column(width: float) -> None:
     names = ["plain", "specific_unseen+nullspace+kl_seen", "caft_seen"]  # the longest of a study
     one = Estimate(1.0, 0.5, 1.5)
     cells = [MethodShift(m, tuned, probe, one, one) for m in names for tuned in TOPICS for probe in TOPICS]
-    figure = draw_method_shifts(cells, names, width, "nats")
-    figure.draw_without_rendering()
-    written = [t for t in figure.findobj(Text) if re.search("(?i)plain|seen", t.get_text())]
-    titles = [t.get_window_extent() for t in written]
+    with style.drawing_style():
+        figure = draw_method_shifts(cells, names, width, "nats")
+        figure.draw_without_rendering()
+        written = [t for t in figure.findobj(Text) if re.search("(?i)plain|seen", t.get_text())]
+        titles = [t.get_window_extent() for t in written]
     assert len(titles) == 5
     assert not any(a.overlaps(b) for i, a in enumerate(titles) for b in titles[:i])
     assert all(title.x1 <= figure.bbox.x1 for title in titles)
